@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# LoRA fine-tuning in one command:  ./script/sft_lora.sh
+#
+# Every variable below can be set from outside (LR=1e-4 ./script/sft_lora.sh), and arguments are
+# passed on to sft_lora.py (./script/sft_lora.sh --max_steps 20).
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+# What to train
+MODEL_SIZE=${MODEL_SIZE:-16m}            # only names the folders
+TRAIN_EPOCHS=${TRAIN_EPOCHS:-3}          # passes over the data
+EMBEDDED_BASE=outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model
+BASE_MODEL=${BASE_MODEL:-$EMBEDDED_BASE} # folder of the base model
+DATASET=${DATASET:-data/sft_train}       # files or folders of training rows
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/ckpt/sft_lora_tiny_llm_${MODEL_SIZE}_epoch${TRAIN_EPOCHS}}
+
+# LoRA
+LORA_R=${LORA_R:-16}                     # rank: the size of the adapter
+LORA_ALPHA=${LORA_ALPHA:-32}             # scale of the adapter, usually 2 x r
+LORA_DROPOUT=${LORA_DROPOUT:-0.1}        # dropout on the adapter's input
+LORA_TARGETS=${LORA_TARGETS:-q_proj,v_proj,k_proj,o_proj,gate_proj,up_proj,down_proj}
+
+# Training
+MBS=${MBS:-4}                            # rows per device and micro-batch
+GAS=${GAS:-4}                            # micro-batches per optimizer step
+LR=${LR:-5e-4}                           # peak learning rate
+
+# Launch
+NPROC=${NPROC:-auto}                     # processes: auto is one per GPU, one on a CPU
+USE_DEEPSPEED=${USE_DEEPSPEED:-auto}     # auto: with a GPU yes, without no; 1 or 0 insists
+ZERO_STAGE=${ZERO_STAGE:-2}              # DeepSpeed ZeRO: 2 shards optimizer and gradients
+
+LORA_ARGS=(
+    --use_lora True
+    --lora_r "$LORA_R"
+    --lora_alpha "$LORA_ALPHA"
+    --lora_dropout "$LORA_DROPOUT"
+    --lora_target_modules "$LORA_TARGETS"
+)
+TRAIN_ARGS=(
+    --base_model_path "$BASE_MODEL"
+    --dataset "$DATASET"
+    --output_dir "$OUTPUT_DIR"
+    --per_device_train_batch_size "$MBS"
+    --gradient_accumulation_steps "$GAS"
+    --learning_rate "$LR"
+    --num_train_epochs "$TRAIN_EPOCHS"
+)
+
+setup_python requirement.txt
+if [[ $BASE_MODEL == "$EMBEDDED_BASE" ]]; then
+    "$PYTHON" -m tinyllm.embedded "$EMBEDDED_BASE"
+fi
+source script/launch.sh
+choose_launch
+exec "${LAUNCH[@]}" sft_lora.py "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${LAUNCH_ARGS[@]}" "$@"

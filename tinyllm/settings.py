@@ -1,0 +1,167 @@
+"""Every setting of a training run, once: name, default and help.
+
+The training settings are Hugging Face's ``TrainingArguments`` with defaults for LoRA on a small
+model; the rest is ours.  Names, aliases and YAML are handled in ``command_line.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT
+from tinyllm.errors import UserError
+
+EMBEDDED_BASE = "outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model"
+DEFAULT_RUN = "outputs/ckpt/sft_lora_tiny_llm_16m_epoch3"
+USUAL_MAX_LENGTH = 512
+DEFAULT_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def setting(default, text: str):
+    """A dataclass field with a help text; lists become default factories."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class BaseSettings:
+    """Which base model to train on."""
+
+    base_model_path: str = setting(EMBEDDED_BASE, "Folder of the base model and its tokenizer.")
+    torch_dtype: str = setting(
+        "auto",
+        "Precision of the base's weights: auto, float32, bfloat16 or float16. auto is bfloat16 on a "
+        "GPU that has it, else float32. LoRA weights are always float32.",
+    )
+    attn_implementation: str = setting(
+        "auto", "Attention of transformers: auto, sdpa, eager, flash_attention_2, ..."
+    )
+    trust_remote_code: bool = setting(
+        False, "Run Python code that lies in the base's folder. Only for folders you trust."
+    )
+
+    def __post_init__(self) -> None:
+        allowed = ("auto", "float32", "bfloat16", "float16")
+        if self.torch_dtype not in allowed:
+            raise UserError(f"--torch_dtype {self.torch_dtype}: expected one of {', '.join(allowed)}")
+
+
+@dataclass
+class LoraSettings:
+    """What to train: a LoRA (Hu et al. 2021, arXiv:2106.09685), or the whole model."""
+
+    use_lora: bool = setting(True, "Train a LoRA adapter; False trains every weight of the model.")
+    lora_r: int = setting(16, "Rank of the adapter matrices.")
+    lora_alpha: int = setting(32, "Scale of the adapter: its output is multiplied by alpha / r.")
+    lora_dropout: float = setting(0.1, "Dropout on the adapter's input while training.")
+    lora_target_modules: list[str] = setting(
+        list(DEFAULT_TARGETS), "Linear layers to adapt, comma or space separated, or all-linear."
+    )
+
+    def __post_init__(self) -> None:
+        names = [name.strip() for part in self.lora_target_modules for name in part.split(",")]
+        self.lora_target_modules = [name for name in names if name]
+        if self.lora_r < 1:
+            raise UserError(f"--lora_r {self.lora_r}: the rank must be 1 or more, 8 or 16 is usual")
+        if self.lora_alpha < 1:
+            raise UserError(f"--lora_alpha {self.lora_alpha}: must be 1 or more, 2 x lora_r is usual")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout {self.lora_dropout}: must be in [0, 1), 0.05 is usual")
+        if not self.lora_target_modules:
+            raise UserError("--lora_target_modules is empty: name at least one layer, or all-linear")
+
+
+@dataclass
+class DataSettings:
+    """What to learn from."""
+
+    dataset: list[str] = setting(
+        ["data/sft_train"],
+        "Training rows: files or folders of .jsonl / .json, comma or space separated.",
+    )
+    eval_dataset: list[str] = setting(
+        ["auto"],
+        "Held-out rows: files or folders, 'auto' (our own held-out file for our own data, a share "
+        "of the training rows otherwise), or 'none'.",
+    )
+    eval_share: float = setting(0.02, "Share of the training rows held out when 'auto' splits them.")
+    system_prompt: str = setting(
+        DEFAULT_SYSTEM_PROMPT, "System prompt of rows that bring none; '' for no system turn."
+    )
+    max_length: int = setting(
+        0, f"Longest example in tokens; 0 for {USUAL_MAX_LENGTH}, or the base's limit if that is less."
+    )
+    bad_rows: str = setting("error", "What to do with a row that cannot be used: error or skip.")
+    overlong: str = setting(
+        "error",
+        "What to do with an example over max_length: error, drop, or shorten (oldest whole turns "
+        "first, then the middle of the prompt, never the answer).",
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset = [p.strip() for part in self.dataset for p in part.split(",") if p.strip()]
+        self.eval_dataset = [
+            p.strip() for part in self.eval_dataset for p in part.split(",") if p.strip()
+        ]
+        if not self.dataset:
+            raise UserError("--dataset is empty: give at least one file or folder")
+        if self.bad_rows not in ("error", "skip"):
+            raise UserError(f"--bad_rows {self.bad_rows}: expected error or skip")
+        if self.overlong not in ("error", "drop", "shorten"):
+            raise UserError(f"--overlong {self.overlong}: expected error, drop or shorten")
+        if not 0 < self.eval_share < 1:
+            raise UserError(f"--eval_share {self.eval_share}: must lie between 0 and 1")
+        if self.max_length < 0:
+            raise UserError(f"--max_length {self.max_length}: must be 0 or more")
+
+
+@dataclass
+class RunSettings:
+    """What becomes of the run folder."""
+
+    overwrite_output_dir: bool = setting(
+        False, "Start anew: an earlier run in output_dir is moved aside to output_dir.old-N."
+    )
+    save_full_model: bool = setting(
+        False, "Also write pytorch_model.bin: the whole model with the adapter merged into it."
+    )
+    num_sample_replies: int = setting(3, "Replies shown at the end, to held-out questions.")
+
+
+@dataclass
+class SftArguments(TrainingArguments):
+    """Hugging Face's TrainingArguments with our defaults; each keeps its Hugging Face meaning."""
+
+    output_dir: str = setting(DEFAULT_RUN, "Run folder.")
+    per_device_train_batch_size: int = setting(4, "Rows per device and micro-batch (MBS).")
+    gradient_accumulation_steps: int = setting(4, "Micro-batches per optimizer step (GAS).")
+    per_device_eval_batch_size: int = setting(16, "Rows per device and evaluation batch.")
+    learning_rate: float = setting(5e-4, "Peak learning rate (LR).")
+    num_train_epochs: float = setting(3.0, "Passes over the training rows (TRAIN_EPOCHS).")
+    lr_scheduler_type: str = setting("cosine", "Shape of the learning rate after the warm-up.")
+    warmup_steps: float = setting(0.03, "Warm-up: a number of steps, or below 1 a share of them.")
+    weight_decay: float = setting(0.0, "AdamW weight decay.")
+    logging_steps: float = setting(10, "Optimizer steps between two log lines.")
+    eval_strategy: str = setting("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = setting("epoch", "When to write a checkpoint: no, steps or epoch.")
+    save_total_limit: int | None = setting(2, "Checkpoints kept; older ones are deleted.")
+    logging_nan_inf_filter: bool = setting(False, "Hide NaN losses from the log (never do).")
+
+
+@dataclass
+class Settings:
+    """All settings of one run."""
+
+    base: BaseSettings
+    lora: LoraSettings
+    data: DataSettings
+    run: RunSettings
+    training: SftArguments
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)

@@ -1,0 +1,148 @@
+"""The steps of a training run, in the order in which ``sft_lora.py`` takes them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from tinyllm import data as data_stage
+from tinyllm.base import context_length, load_base, pick_dtype
+from tinyllm.chat_format import chat_format_of, has_own_template
+from tinyllm.data import Data
+from tinyllm.errors import UserError
+from tinyllm.finish import finish, show_samples
+from tinyllm.lora import add_lora, count_parameters
+from tinyllm.progress import LogFile, Progress, StopOnBrokenLoss
+from tinyllm.run import Run, open_run
+from tinyllm.run_folder import LOG_FILE
+from tinyllm.settings import USUAL_MAX_LENGTH, Settings
+from tinyllm.trainer import SftTrainer
+
+__all__ = [
+    "build_trainer", "finish", "load_examples", "load_model", "open_run", "prepare_model",
+    "print_plan", "say_once", "show_samples", "train",
+]  # fmt: skip
+
+
+def say(text: str) -> None:
+    """A line of progress, on rank 0 alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_once(notes: list[str]) -> None:
+    """Notes about translated settings."""
+    for text in dict.fromkeys(notes):
+        say(f"note: {text}")
+
+
+def load_model(settings: Settings):
+    """Load the base: ``(model, tokenizer, chat_format)``."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    base, device = settings.base, settings.training.device
+    attention = None if base.attn_implementation == "auto" else base.attn_implementation
+    dtype = pick_dtype(base.torch_dtype, device)
+    if not settings.lora.use_lora:
+        dtype = torch.float32  # trained weights are kept in full precision
+    model, tokenizer = load_base(
+        base.base_model_path, dtype, attn_implementation=attention,
+        trust_remote_code=base.trust_remote_code,
+    )  # fmt: skip
+    had_template = has_own_template(tokenizer) or tokenizer.chat_template
+    chat_format = chat_format_of(tokenizer)
+    if not had_template:
+        say("the base brings no chat template: it gets the <|system|> <|user|> <|assistant|> one")
+    say(f"base: {base.base_model_path}, {model.num_parameters():,} parameters, {dtype}")
+    return model, tokenizer, chat_format
+
+
+def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
+    """Read and encode the rows: ``(data, longest example allowed)``."""
+    limit = context_length(model)
+    max_length = settings.data.max_length or min(USUAL_MAX_LENGTH, limit)
+    if max_length > limit:
+        raise UserError(
+            f"--max_length {max_length}: this base was made for at most {limit} tokens; "
+            f"use --max_length {limit}"
+        )
+    data = data_stage.load_data(settings.data, chat_format, max_length, settings.training.seed)
+    data_stage.require_held_out(data, settings.training.eval_strategy)
+    say("data:\n" + data_stage.describe(data))
+    return data, max_length
+
+
+def prepare_model(settings: Settings, model):
+    """LoRA around the base, or the base itself with every weight trainable."""
+    if not settings.lora.use_lora:
+        return model
+    torch.manual_seed(settings.training.seed)
+    lora = add_lora(model, settings.lora)
+    lora.peft_config["default"].base_model_name_or_path = settings.base.base_model_path
+    return lora
+
+
+def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: int) -> SftTrainer:
+    """The Trainer with our progress bar in place of its own."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer = SftTrainer(
+        model, settings.training, data.train, data.held_out, tokenizer, max_length,
+        callbacks=[LogFile(settings.output_dir / LOG_FILE), StopOnBrokenLoss(), Progress()],
+    )  # fmt: skip
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> None:
+    """Say what is about to happen, in numbers."""
+    args, (trainable, total) = settings.training, count_parameters(trainer.model)
+    ranks = trainer.accelerator.num_processes
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
+    per_epoch = -(-len(data.train) // batch)
+    steps = args.max_steps if args.max_steps > 0 else round(per_epoch * args.num_train_epochs)
+    say(
+        f"plan: {steps} steps of {batch} examples ({args.per_device_train_batch_size} rows x "
+        f"{args.gradient_accumulation_steps} accumulated x {ranks} process(es)), "
+        f"{trainable:,} of {total:,} parameters trained, on {trainer.args.device}\n"
+        f"run folder: {settings.output_dir}"
+    )
+
+
+def train(trainer: SftTrainer, run: Run) -> dict:
+    """Train; returns the numbers for ``run.json`` and the model card."""
+    has_held_out = trainer.eval_dataset is not None
+    before = None
+    if has_held_out and run.resume_from is None:
+        before = trainer.evaluate()["eval_loss"]
+        say(f"before training: held-out loss {before:.4f}")
+    try:
+        output = trainer.train(resume_from_checkpoint=run.resume_from)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory: lower MBS (--per_device_train_batch_size) and raise GAS by the same "
+            "factor, or lower --max_length"
+        ) from error
+    trainer.save_metrics("train", output.metrics)
+    after = trainer.evaluate() if has_held_out else {}
+    if after:
+        trainer.save_metrics("eval", after)
+    trainer.save_state()
+    return {
+        "num_steps": trainer.state.global_step,
+        "epoch": trainer.state.epoch,
+        "train_loss": output.training_loss,
+        "train_runtime": output.metrics["train_runtime"],
+        "eval_loss_before": before,
+        "eval_loss": after.get("eval_loss"),
+    }
+
+
+def repository_path(name: str) -> Path:
+    """A file of this repository, wherever the user stands."""
+    return Path(__file__).resolve().parent.parent / name

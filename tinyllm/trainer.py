@@ -1,0 +1,114 @@
+"""The Trainer: Hugging Face's loop around a step that wastes nothing.
+
+One batch of the Trainer is one optimizer step of one rank.  Its loss is the sum over supervised
+tokens divided by their number in the whole step, over all micro-batches and ranks, so that neither
+GAS nor the number of processes changes the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from tinyllm.attention import use_packed_attention
+from tinyllm.batches import Batch, collate, model_inputs, split, targets
+from tinyllm.examples import Examples
+from tinyllm.settings import SftArguments
+
+
+class SftTrainer(Trainer):
+    """Trains a causal model (with or without LoRA) on ragged batches.
+
+    Args:
+        model: a causal language model or a PeftModel around one.
+        args: the user's settings; MBS × GAS examples make one optimizer step.
+        max_length: most tokens of an example, so MBS × max_length bounds a micro-batch.
+    """
+
+    def __init__(
+        self, model, args: SftArguments, train_dataset: Examples,
+        eval_dataset: Examples | None, tokenizer, max_length: int, callbacks=None,
+    ) -> None:  # fmt: skip
+        self.tokens_per_micro_batch = args.per_device_train_batch_size * max_length
+        self.packed_attention = use_packed_attention(_causal_model(model))
+        super().__init__(
+            model=model,
+            args=whole_steps(args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+
+    def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward of one optimizer step, in micro-batches; returns its loss ()."""
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        num_supervised = self._sum_over_ranks(len(targets(batch)[0]))
+        total, micro_batches = 0.0, list(split(batch, self.tokens_per_micro_batch))
+        for number, micro_batch in enumerate(micro_batches, 1):
+            wait = number < len(micro_batches)
+            with self.accelerator.no_sync(model) if wait else contextlib.nullcontext():
+                loss = self.sum_of_losses(model, micro_batch) / num_supervised
+                # ranks' gradients are averaged, so that the sum over ranks needs this factor
+                loss = loss * self.accelerator.num_processes
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        return total
+
+    def sum_of_losses(self, model, batch: Batch) -> torch.Tensor:
+        """Sum of the cross-entropy over the supervised tokens of a batch, () float32.
+
+        The head runs only where there is something to learn: ``(num_supervised, vocabulary)``
+        instead of ``(N, vocabulary)`` logits.
+        """
+        positions, ids = targets(batch)
+        inputs = model_inputs(batch, self.packed_attention)
+        logits = model(**inputs, logits_to_keep=positions).logits[0]
+        return F.cross_entropy(logits.float(), ids, reduction="sum")
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, prediction_loss_only=None,
+        ignore_keys=None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """Loss per supervised token over the whole held-out set, every token counted once."""
+        model = self.model if self.deepspeed is None else self.model_wrapped
+        model.to(self.args.device).eval()
+        total, count, num_examples = 0.0, 0, 0
+        with torch.no_grad():
+            for batch in dataloader:
+                batch = self._prepare_inputs(batch)
+                total += self.sum_of_losses(model, batch).item()
+                count += len(targets(batch)[0])
+                num_examples += len(batch["lengths"])
+        loss = self._sum_over_ranks(total) / self._sum_over_ranks(count)
+        metrics = {f"{metric_key_prefix}_loss": float(loss)}
+        return EvalLoopOutput(None, None, metrics, num_examples)
+
+    def _sum_over_ranks(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
+        return self.accelerator.reduce(tensor, "sum").item()
+
+
+def whole_steps(args: SftArguments) -> SftArguments:
+    """The settings as the Trainer gets them: one batch is one whole optimizer step."""
+    args = copy.copy(args)
+    args.per_device_train_batch_size *= args.gradient_accumulation_steps
+    args.gradient_accumulation_steps = 1
+    args.remove_unused_columns = False
+    args.label_names = ["labels"]
+    return args
+
+
+def _causal_model(model):
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
