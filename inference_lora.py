@@ -79,7 +79,9 @@ def import_quietly() -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Chat with a base and a LoRA adapter.")
     parser.add_argument("--base_model", "--base_model_path", required=True, help="base folder")
-    parser.add_argument("--lora_model", "--lora_model_path", help="adapter folder; without it the base")
+    parser.add_argument(
+        "--lora_model", "--lora_model_path", help="adapter folder; without it the base"
+    )
     parser.add_argument("--merge_weights", action="store_true", help="merge the adapter (faster)")
     parser.add_argument("--system_prompt", help="system prompt (default: the training's default)")
     parser.add_argument("--max_length", type=int, default=512, help="longest prompt in tokens")
@@ -93,7 +95,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--torch_dtype", default="auto", help="auto, float32, bfloat16 or float16",
                         choices=["auto", "float32", "bfloat16", "float16"])  # fmt: skip
-    parser.add_argument("--trust_remote_code", action="store_true", help="run code in the base folder")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code in the base folder"
+    )
     args = parser.parse_args(argv)
     for name in ("max_length", "max_new_tokens"):
         if getattr(args, name) < 1:

@@ -117,7 +117,9 @@ def describe(adapter) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Show what an adapter is, or merge it into a folder.")
+    parser = argparse.ArgumentParser(
+        description="Show what an adapter is, or merge it into a folder."
+    )
     parser.add_argument("--lora_model", "--lora_model_path", required=True, help="adapter folder")
     parser.add_argument("--base_model", "--base_model_path", help="base folder, for merging")
     parser.add_argument("--output_dir", help="write the merged model here")

@@ -4,8 +4,9 @@
 #   ./script/ptm_tiny_llm.sh                    whole run; the same command resumes it
 #   ./script/ptm_tiny_llm.sh --max_minutes 60   any setting (see --help) may follow
 #   ./script/ptm_tiny_llm.sh --tiny             complete rebuild in about a minute, own text only
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+setup_python requirement.txt
 
 CONFIG="${CONFIG:-configs/ptm_tiny_llm_16m.yaml}"
 TINY_ARGS="
@@ -14,16 +15,6 @@ TINY_ARGS="
     --hidden_size 64 --intermediate_size 128 --num_layers 2 --num_heads 2
     --num_key_value_heads 1 --head_dim 32 --max_length 128 --evaluate_passages 8
 "
-
-if [[ -f script/env.sh ]]; then
-    source script/env.sh
-fi
-if [[ -z "${PYTHON:-}" ]]; then
-    PYTHON=python3
-    if [[ -x .venv/bin/python ]]; then
-        PYTHON=.venv/bin/python
-    fi
-fi
 
 args=(--config "$CONFIG")
 for arg in "$@"; do

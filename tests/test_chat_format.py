@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from conftest import make_tokenizer
+
 from tinyllm.chat_format import (
     CHAT_TEMPLATE,
     IGNORE_INDEX,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from conftest import REPOSITORY
+
 from tinyllm.command_line import parse_settings
 from tinyllm.errors import UserError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from conftest import ROWS, write_jsonl
+
 from tinyllm.errors import UserError
 from tinyllm.formats import conversation_of
 from tinyllm.records import read_records
@@ -29,7 +29,13 @@ def test_every_shape_becomes_the_same_conversation(row):
 
 
 def test_system_and_history():
-    row = {"instruction": "问", "input": "细", "output": "答", "history": [["a", "b"]], "system": "s"}
+    row = {
+        "instruction": "问",
+        "input": "细",
+        "output": "答",
+        "history": [["a", "b"]],
+        "system": "s",
+    }
     assert [m["content"] for m in conversation_of(row)] == ["s", "a", "b", "问\n细", "答"]
 
 

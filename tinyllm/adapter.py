@@ -75,7 +75,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             "get the adapter as .safetensors from someone you trust"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: the file is damaged or cut short; copy or train it again") from error
+        raise UserError(
+            f"{path}: the file is damaged or cut short; copy or train it again"
+        ) from error
     if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
         raise UserError(f"{path}: expected tensors by name, got something else")
     return weights
@@ -94,7 +96,9 @@ def check_fits(adapter: Adapter, model) -> None:
                 f"{adapter.path}: made for another base: it adapts {layer}, which this base has not"
             )
         size, side = (
-            (module.in_features, "inputs") if part == "A.weight" else (module.out_features, "outputs")
+            (module.in_features, "inputs")
+            if part == "A.weight"
+            else (module.out_features, "outputs")
         )
         got = tensor.shape[1] if part == "A.weight" else tensor.shape[0]
         if got != size:

@@ -37,14 +37,37 @@ def packed_sdpa(
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths = cu_seq_lens_q.diff().tolist()
     window = kwargs.pop("sliding_window", None)
-    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = [
-        sdpa_attention_forward(module, q, k, v, _window_mask(q, window), **kwargs)[0]
-        for q, k, v in parts
-    ]
-    return torch.cat(outputs, dim=1), None
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for rows in _groups(cu_seq_lens_q):
+        q, k, v = (_pad(states, rows) for states in (query, key, value))
+        attended = sdpa_attention_forward(module, q, k, v, _window_mask(q, window), **kwargs)[0]
+        real = rows >= 0
+        output = output.index_put((rows[real],), attended[real])
+    return output[None], None
+
+
+def _groups(cu_seq_lens: torch.Tensor) -> list[torch.Tensor]:
+    """Group examples of similar length, so that one kernel call serves many with little padding.
+
+    Returns:
+        For each group the positions of its examples' ids, ``(num_examples, T)``, -1 for padding on
+        the right, which a causal kernel never lets a real position look at.
+    """
+    starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()
+    size = torch.ceil(torch.log2(lengths)).clamp(min=5)  # all up to 32 share a group
+    groups = []
+    for one in size.unique():
+        chosen = (size == one).nonzero().squeeze(-1)
+        column = torch.arange(int(lengths[chosen].max()), device=cu_seq_lens.device)
+        rows = starts[chosen, None] + column
+        groups.append(rows.masked_fill(column >= lengths[chosen, None], -1))
+    return groups
+
+
+def _pad(states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``(1, heads, N, head_dim)`` → ``(num_examples, heads, T, head_dim)``."""
+    return states[0].transpose(0, 1)[rows.clamp(min=0)].transpose(1, 2)
 
 
 def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:

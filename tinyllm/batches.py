@@ -35,7 +35,9 @@ def collate(examples: list[dict[str, np.ndarray]]) -> Batch:
 
 
 def _flat(examples: list[dict[str, np.ndarray]], name: str) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([example[name] for example in examples]).astype(np.int64))
+    return torch.from_numpy(
+        np.concatenate([example[name] for example in examples]).astype(np.int64)
+    )
 
 
 def split(batch: Batch, max_tokens: int) -> Iterator[Batch]:

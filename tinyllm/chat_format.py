@@ -81,9 +81,7 @@ class PlainText:
 
     def untrusted(self, text: str) -> list[int]:
         """Ids of text that a user wrote: a typed ``<|user|>`` stays nine ordinary characters."""
-        return self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True
-        ).input_ids
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 class FamilyFormat:

@@ -116,7 +116,9 @@ def _words_of_yaml(path: Path) -> list[str]:
     if content is None:
         return []
     if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected 'name: value' lines, got {type(content).__name__}")
+        raise UserError(
+            f"--config {path}: expected 'name: value' lines, got {type(content).__name__}"
+        )
     return [word for name, value in content.items() for word in _words_of_entry(name, value)]
 
 

@@ -104,7 +104,10 @@ def describe(data: Data) -> str:
         refused = f", {len(file.refused)} refused" if file.refused else ""
         lines.append(f"  {file.file}: {file.num_read:,} rows, {file.num_kept:,} kept{refused}")
         lines += [f"    line {line}: {why}" for line, why in file.refused[:10]]
-    for what, where in (("shortened", data.train_count.shortened), ("dropped", data.train_count.dropped)):
+    for what, where in (
+        ("shortened", data.train_count.shortened),
+        ("dropped", data.train_count.dropped),
+    ):
         if where:
             lines.append(f"  {len(where)} examples over max_length {what}, first {where[0]}")
     share = 100 * s["num_supervised"] / s["num_tokens"]

@@ -1,6 +1,6 @@
 """Put the embedded base where the guide expects it, unless something is there already.
 
-    python -m tinyllm.embedded outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model
+python -m tinyllm.embedded outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model
 """
 
 from __future__ import annotations

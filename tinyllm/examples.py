@@ -57,7 +57,9 @@ class Examples(Dataset):
     def digest(self) -> str:
         """Hash of everything that training sees of the data."""
         parts = (self.input_ids, self.labels, self.offsets)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in parts)).hexdigest()
+        return hashlib.sha256(
+            b"".join(np.ascontiguousarray(p).tobytes() for p in parts)
+        ).hexdigest()
 
 
 @dataclass
@@ -94,7 +96,9 @@ def encode_records(
         if example is not None:
             encoded.append((example.input_ids, example.labels))
     if not encoded:
-        raise UserError(f"no example is left: all {len(records)} are longer than --max_length {max_length}")
+        raise UserError(
+            f"no example is left: all {len(records)} are longer than --max_length {max_length}"
+        )
     examples = Examples.from_lists(encoded)
     count.num_examples, count.num_tokens = len(examples), len(examples.input_ids)
     count.num_supervised = examples.num_supervised

@@ -65,7 +65,9 @@ def write_merged_bin(model, folder: Path) -> None:
     """Write ``pytorch_model.bin``: the base with the adapter merged in, in float32."""
     merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
     state = merged.state_dict()
-    torch.save({name: tensor.float() for name, tensor in state.items()}, folder / run_folder.FULL_MODEL)
+    torch.save(
+        {name: tensor.float() for name, tensor in state.items()}, folder / run_folder.FULL_MODEL
+    )
     merged.config.save_pretrained(folder)
 
 

@@ -77,7 +77,9 @@ def _from_sharegpt(row: dict) -> list[dict]:
 
 
 def _from_messages(row: dict) -> list[dict]:
-    turns = [_turn(item.get("role"), item.get("content")) for item in _list_of_objects(row, "messages")]
+    turns = [
+        _turn(item.get("role"), item.get("content")) for item in _list_of_objects(row, "messages")
+    ]
     return turns if turns and turns[0]["role"] == "system" else [*_system(row), *turns]
 
 

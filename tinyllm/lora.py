@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tinyllm.errors import UserError
+from tinyllm.fast_lora import use_fast_lora
 from tinyllm.settings import LoraSettings
 
 
@@ -25,6 +26,8 @@ def add_lora(model, settings: LoraSettings):
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
+    if settings.fast_lora:
+        use_fast_lora(config)
     lora = get_peft_model(model, config)
     for parameter in lora.parameters():
         if parameter.requires_grad:
@@ -37,9 +40,7 @@ def check_targets(model, targets: list[str]) -> None:
     if targets == ["all-linear"]:
         return
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    missing = [
-        t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)
-    ]
+    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if missing:
         available = sorted({name.rsplit(".", 1)[-1] for name in names} - {"lm_head"})
         raise UserError(

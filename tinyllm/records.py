@@ -84,9 +84,7 @@ def _bad_rows_message(refused: list[str]) -> str:
     more = len(refused) - SHOWN_BAD_ROWS
     rest = f"\n  ... and {more} more" if more > 0 else ""
     rows = "row" if len(refused) == 1 else "rows"
-    return (
-        f"{len(refused)} {rows} cannot be used (mend them, or --bad_rows skip):\n  {shown}{rest}"
-    )
+    return f"{len(refused)} {rows} cannot be used (mend them, or --bad_rows skip):\n  {shown}{rest}"
 
 
 def _data_files(paths: list[str]) -> list[Path]:

@@ -65,7 +65,9 @@ def _take_up(run: Run, found: run_folder.Found, settings: Settings, say) -> None
     anew += "or choose another --output_dir (OUTPUT_DIR=...)"
     changed = run_folder.difference(_flat(found.identity), _flat(run.identity))
     if changed:
-        raise UserError(f"{run.folder} holds a {found.status} run of another kind: {changed}; {anew}")
+        raise UserError(
+            f"{run.folder} holds a {found.status} run of another kind: {changed}; {anew}"
+        )
     if found.status == "finished":
         say(f"{run.folder} already holds this very run, finished: nothing to do; {anew}")
         run.already_finished = True
@@ -74,7 +76,9 @@ def _take_up(run: Run, found: run_folder.Found, settings: Settings, say) -> None
     if run.resume_from:
         say(f"going on with an unfinished run, from {run.resume_from}")
     else:
-        say(f"{run.folder} holds a run that was interrupted before its first checkpoint: from step 1")
+        say(
+            f"{run.folder} holds a run that was interrupted before its first checkpoint: from step 1"
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -47,7 +47,9 @@ class BaseSettings:
     def __post_init__(self) -> None:
         allowed = ("auto", "float32", "bfloat16", "float16")
         if self.torch_dtype not in allowed:
-            raise UserError(f"--torch_dtype {self.torch_dtype}: expected one of {', '.join(allowed)}")
+            raise UserError(
+                f"--torch_dtype {self.torch_dtype}: expected one of {', '.join(allowed)}"
+            )
 
 
 @dataclass
@@ -61,6 +63,9 @@ class LoraSettings:
     lora_target_modules: list[str] = setting(
         list(DEFAULT_TARGETS), "Linear layers to adapt, comma or space separated, or all-linear."
     )
+    fast_lora: bool = setting(
+        True, "On a CPU, compute plain LoRA layers in fewer passes; False uses peft's own forward."
+    )
 
     def __post_init__(self) -> None:
         names = [name.strip() for part in self.lora_target_modules for name in part.split(",")]
@@ -68,11 +73,15 @@ class LoraSettings:
         if self.lora_r < 1:
             raise UserError(f"--lora_r {self.lora_r}: the rank must be 1 or more, 8 or 16 is usual")
         if self.lora_alpha < 1:
-            raise UserError(f"--lora_alpha {self.lora_alpha}: must be 1 or more, 2 x lora_r is usual")
+            raise UserError(
+                f"--lora_alpha {self.lora_alpha}: must be 1 or more, 2 x lora_r is usual"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout {self.lora_dropout}: must be in [0, 1), 0.05 is usual")
         if not self.lora_target_modules:
-            raise UserError("--lora_target_modules is empty: name at least one layer, or all-linear")
+            raise UserError(
+                "--lora_target_modules is empty: name at least one layer, or all-linear"
+            )
 
 
 @dataclass
@@ -88,12 +97,15 @@ class DataSettings:
         "Held-out rows: files or folders, 'auto' (our own held-out file for our own data, a share "
         "of the training rows otherwise), or 'none'.",
     )
-    eval_share: float = setting(0.02, "Share of the training rows held out when 'auto' splits them.")
+    eval_share: float = setting(
+        0.02, "Share of the training rows held out when 'auto' splits them."
+    )
     system_prompt: str = setting(
         DEFAULT_SYSTEM_PROMPT, "System prompt of rows that bring none; '' for no system turn."
     )
     max_length: int = setting(
-        0, f"Longest example in tokens; 0 for {USUAL_MAX_LENGTH}, or the base's limit if that is less."
+        0,
+        f"Longest example in tokens; 0 for {USUAL_MAX_LENGTH}, or the base's limit if that is less.",
     )
     bad_rows: str = setting("error", "What to do with a row that cannot be used: error or skip.")
     overlong: str = setting(

@@ -1,18 +1,25 @@
 """Run the pretraining: every stage in order, each skipped when its output is complete."""
 
+import copy
+import json
 import logging
 import sys
 from pathlib import Path
 
+import torch
 from transformers.utils import logging as transformers_logging
 
-from tinyllm.pretrain import corpus, export, sources, train, vocabulary
+from tinyllm.errors import run_program
+from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
+from tinyllm.pretrain.export import export
+from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
+from tinyllm.pretrain.train import train
 
 log = logging.getLogger("tinyllm.pretrain")
 
 
-def fetch_paths(settings: Settings) -> dict:
+def fetch_paths(settings: Settings) -> dict[str, Path]:
     """Fetched packages by source name; none with `--sources none`."""
     if settings.sources == "none":
         return {}
@@ -21,29 +28,60 @@ def fetch_paths(settings: Settings) -> dict:
     return sources.fetch_all(chosen, settings.path("sources"), settings.strict)
 
 
-def main(arguments: list[str]) -> None:
-    """Sources, corpus, vocabulary, training, export."""
-    settings = parse(arguments)
-    paths = fetch_paths(settings)
+def build_run(settings: Settings) -> tuple[Run, dict]:
+    """Text, tokenizer and a fresh run; also the counts of the corpus."""
     folder = settings.path("corpus")
-    counts = corpus.build(Path(settings.own_text), paths, folder)
+    counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder)
     train_texts = corpus.by_source(corpus.read_jsonl(folder / "train.jsonl"))
     heldout_texts = corpus.by_source(corpus.read_jsonl(folder / "heldout.jsonl"))
     tokenizer = vocabulary.build(
         train_texts, settings.path("tokenizer"), settings.vocab_size, settings.max_length
     )
-    run = train.Run(settings, tokenizer, train_texts, heldout_texts, counts["digest"])
-    train.train(run)
-    if run.accelerator.is_main_process and settings.stage != "stable":
-        export.export(run, counts["sources"], Path(settings.export_to))
+    return Run(settings, tokenizer, train_texts, heldout_texts, counts["digest"]), counts
 
 
-if __name__ == "__main__":
+def facts_of(run: Run, counts: dict) -> dict:
+    """What the model card says; results are those of the rounded weights that are exported."""
+    config = run.model.config
+    rounded = copy.deepcopy(run.model).to(torch.bfloat16).float()
+    return {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "vocabulary": config.vocab_size, "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size, "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads, "length": run.settings.max_length,
+        "steps": run.progress.step, "tokens": run.progress.tokens,
+        "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
+        "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
+    }  # fmt: skip
+
+
+def export_run(run: Run, counts: dict) -> None:
+    """Export the present weights unless exactly they were exported to that folder already."""
+    target, record = Path(run.settings.export_to), run.settings.path("exported.json")
+    mark = {"step": run.progress.step, "folder": str(target)}
+    done = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
+    if run.settings.stage != "export" and target.exists() and done == mark:
+        log.info("export: up to date")
+        return
+    export(run.model, run.tokenizer, facts_of(run, counts), target)
+    record.write_text(json.dumps(mark), encoding="utf-8")
+
+
+def main() -> None:
+    """Sources, corpus, vocabulary, training, export."""
+    settings = parse(sys.argv[1:])
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     transformers_logging.set_verbosity_error()
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run, counts = build_run(settings)
+    if settings.stage == "export":
+        run.restore(checkpoint.require_last(run.folder))
+    else:
+        train(run)
+    if settings.stage != "stable" and run.accelerator.is_main_process:
+        export_run(run, counts)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

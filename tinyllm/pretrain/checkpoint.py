@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from tinyllm.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +37,14 @@ def load(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise ValueError(f"checkpoint {path} does not exist") from error
+        raise UserError(f"checkpoint {path} does not exist") from error
+
+
+def require_last(folder: Path) -> Path:
+    """The newest finished checkpoint, which must be there."""
+    if (path := last(folder)) is None:
+        raise UserError(f"{folder} has no checkpoint")
+    return path
 
 
 def last(folder: Path) -> Path | None:

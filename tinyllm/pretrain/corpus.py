@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllm.errors import UserError
 from tinyllm.pretrain.extract import EXTRACTORS, Document, own_documents
 from tinyllm.pretrain.sources import SOURCES
 
@@ -21,7 +22,11 @@ log = logging.getLogger(__name__)
 
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ufeff\ufffd]")
-WEB_PAGES = {"libreoffice-help-zh-cn", "openclaw", "debian-handbook"}  # with repeated page furniture
+WEB_PAGES = {
+    "libreoffice-help-zh-cn",
+    "openclaw",
+    "debian-handbook",
+}  # with repeated page furniture
 MIN_HAN_SHARE = 0.2  # of a line of fetched text, white space not counted
 MIN_HAN = 20  # of a fetched document
 REPEATED_LINE = 20  # pages on which a line may stand before it counts as furniture
@@ -166,7 +171,7 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
     if not train:
-        raise ValueError(f"no text: put *.txt files into {own_folder} or fetch a source")
+        raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "heldout.jsonl", heldout)

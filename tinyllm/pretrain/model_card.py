@@ -1,0 +1,83 @@
+"""The model card of an exported base: what it saw, what it cost, how good it is."""
+
+from tinyllm.pretrain.sources import SOURCES
+
+LICENCES = {source.name: (source.version, source.licence, source.content) for source in SOURCES}
+LICENCES["own"] = (
+    "this repository",
+    "Apache-2.0",
+    "stories, knowledge, dialogues (`data/pretrain/`)",
+)
+
+
+def source_rows(facts: dict) -> str:
+    """One table row per text, the most seen first."""
+    rows = []
+    for source, tokens in sorted(facts["seen"].items(), key=lambda item: -item[1]):
+        version, licence, content = LICENCES[source]
+        counts = facts["corpus"].get(source, {"train": 0, "train_characters": 0})
+        rows.append(
+            f"| {source} {version} | {content} | {licence} | {counts['train']:,} | "
+            f"{counts['train_characters']:,} | {tokens:,} |"
+        )
+    return "\n".join(rows)
+
+
+def result_rows(results: dict[str, float]) -> str:
+    """One table row per held-out text."""
+    return "\n".join(f"| {source} | {bits:.2f} |" for source, bits in results.items())
+
+
+def model_card(facts: dict) -> str:
+    """Markdown from facts: `parameters`, `vocabulary`, `layers`, `hidden`, `heads`, `kv_heads`,
+    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `corpus` (counts by source) and
+    `results` (bits per character by held-out source).
+    """
+    return f"""---
+license: apache-2.0
+language: [zh]
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# A small Chinese base model ({facts["parameters"] / 1e6:.1f}M parameters)
+
+A plain `LlamaForCausalLM` ({facts["layers"]} layers, hidden {facts["hidden"]}, {facts["heads"]} query \
+and {facts["kv_heads"]} key/value heads, tied embeddings) with a byte-level BPE vocabulary of \
+{facts["vocabulary"]:,}, trained from random weights by `script/ptm_tiny_llm.sh`. It is the base to \
+try LoRA fine-tuning on: small enough for any machine, and too small to know much.
+
+## Text
+
+| text | content | licence | documents | characters | tokens seen |
+|---|---|---|---|---|---|
+{source_rows(facts)}
+
+Documents were cleaned, deduplicated and split by document; {facts["heldout_share"]:.1%} of them are
+held out. None of the fetched text is part of this folder.
+
+## Training
+
+{facts["steps"]:,} optimizer steps, {facts["tokens"] / 1e6:.2f}M tokens in rows of {facts["length"]}, \
+{facts["seconds"] / 60:.0f} minutes; Muon on the matrices inside the layers, AdamW on the rest; \
+warm-up, stable rate, linear decay.
+
+## Results
+
+Bits per character on held-out text, lower is better (the weights as exported, in bfloat16):
+
+| text | bits per character |
+|---|---|
+{result_rows(facts["results"])}
+
+`hsk-sentences-audio` (everyday sentences) was never trained on.
+
+## Limits
+
+It has seen a few million tokens. Sentences come out well formed; their content is often invented.
+Use it for experiments, not for facts, advice or anything that matters.
+
+## Licence
+
+The weights are ours, under Apache-2.0. The texts keep the licences in the table.
+"""

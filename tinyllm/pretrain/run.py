@@ -1,0 +1,162 @@
+"""One training run: model, optimizers, text stream and progress, saved and restored as one."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tinyllm.pretrain import checkpoint
+from tinyllm.pretrain.evaluate import bits_per_character, passages
+from tinyllm.pretrain.model import IGNORE_INDEX, PackedLoss, build_model
+from tinyllm.pretrain.muon import build_optimizers
+from tinyllm.pretrain.packing import Mixture, encode_documents, to_tensors
+from tinyllm.pretrain.schedule import Progress, rate_factor
+from tinyllm.pretrain.settings import Settings
+
+log = logging.getLogger(__name__)
+
+SAMPLE_TOKENS = 48
+
+
+class Run:
+    """Built from settings and text; `restore` brings it to a checkpoint, `train_step` one further.
+
+    `train_texts` and `heldout_texts` are texts by source, `corpus_digest` tells their version.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerFast,
+        train_texts: dict[str, list[str]],
+        heldout_texts: dict[str, list[str]],
+        corpus_digest: str,
+    ) -> None:
+        self.settings, self.tokenizer, self.corpus_digest = settings, tokenizer, corpus_digest
+        self.folder = settings.path("checkpoints")
+        self.heldout = {
+            source: passages(texts, settings.evaluate_passages)
+            for source, texts in sorted(heldout_texts.items())
+        }
+        self.pieces = {
+            source: encode_documents(texts, tokenizer, settings.max_length)
+            for source, texts in train_texts.items()
+            if settings.weights.get(source, 0) > 0
+        }
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if torch.cuda.is_available() else "no"
+        )
+        self.progress = Progress()
+        # Tokens seen per source since the very start, over all changes of the corpus.
+        self.seen: dict[str, int] = {}
+        self.stream = self.new_stream()
+        self.model: LlamaForCausalLM = build_model(settings, settings.seed)
+        self.loss = self.accelerator.prepare(PackedLoss(self.model))
+        self.optimizers = build_optimizers(
+            self.model, settings.muon_lr, settings.adamw_lr, settings.momentum,
+            settings.weight_decay,
+        )  # fmt: skip
+        self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+
+    def new_stream(self) -> Mixture:
+        """A stream for this corpus that begins at the present step."""
+        seed = f"{self.settings.seed}/{self.corpus_digest}/{self.progress.step}"
+        return Mixture(self.pieces, self.settings.weights, seed)
+
+    def state_dict(self) -> dict:
+        """Everything that a restart needs."""
+        return {
+            "step": self.progress.step,
+            "progress": dataclasses.asdict(self.progress),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "stream": self.stream.state_dict(),
+            "stream_seed": self.stream.seed,
+            "corpus": self.corpus_digest,
+            "weights": self.settings.weights,
+            "seen": self.seen,
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint (the main process only)."""
+        if self.accelerator.is_main_process:
+            path = checkpoint.save(self.folder, self.state_dict(), self.settings.keep_checkpoints)
+            log.info("saved %s", path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint: exactly, or with a new stream when the text is another."""
+        state = checkpoint.load(path)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved, rate in zip(
+            self.optimizers, state["optimizers"], self.rates, strict=True
+        ):
+            optimizer.load_state_dict(saved)
+            optimizer.param_groups[0]["lr"] = rate
+        self.progress, self.seen = Progress(**state["progress"]), dict(state["seen"])
+        log.info("resumed at step %d from %s", self.progress.step, path)
+        if (state["corpus"], state["weights"]) == (self.corpus_digest, self.settings.weights):
+            self.stream.seed = state["stream_seed"]
+            self.stream.load_state_dict(state["stream"])
+            log.info("corpus %s is unchanged: the stream goes on exactly", self.corpus_digest)
+        else:
+            self.stream = self.new_stream()
+            log.info("corpus or weights changed: a new stream begins at this step")
+
+    def next_batch(self) -> dict[str, torch.Tensor]:
+        """Tensors (R, T) of one optimizer step, all processes together; counts what is seen."""
+        before = dict(self.stream.tokens)
+        rows = self.stream.next_rows(self.settings.rows_per_step, self.settings.max_length)
+        self.progress.tokens += sum(len(piece) for row in rows for piece in row)
+        for source, tokens in self.stream.tokens.items():
+            self.seen[source] = self.seen.get(source, 0) + tokens - before[source]
+        return to_tensors(rows, self.settings.max_length, self.tokenizer.pad_token_id)
+
+    def train_step(self) -> float:
+        """One optimizer step; returns the mean loss per token over all processes."""
+        accelerator, size = self.accelerator, self.settings.rows_per_forward
+        batch = self.next_batch()
+        num_labels = int((batch["labels"] != IGNORE_INDEX).sum())
+        mine = range(accelerator.process_index, len(batch["labels"]), accelerator.num_processes)
+        total = torch.zeros((), device=accelerator.device)
+        for start in range(0, len(mine), size):
+            index = list(mine[start : start + size])
+            part = {name: t[index].to(accelerator.device) for name, t in batch.items()}
+            loss = self.loss(**part) / num_labels
+            total += loss.detach()
+            # DDP averages gradients, while the loss is already a share of the whole step.
+            accelerator.backward(loss * accelerator.num_processes)
+        self.update()
+        self.progress.step += 1
+        return accelerator.reduce(total, "sum").item()
+
+    def update(self) -> None:
+        """Clip what AdamW trains (Muon's step has a fixed size), set the rates, step."""
+        factor = rate_factor(self.settings, self.progress)
+        adamw_params = self.optimizers[1].param_groups[0]["params"]
+        torch.nn.utils.clip_grad_norm_(adamw_params, self.settings.max_grad_norm)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def evaluate(self, model: LlamaForCausalLM | None = None) -> dict[str, float]:
+        """Bits per character per held-out source, of this model or another one."""
+        return {
+            source: round(bits_per_character(model or self.model, self.tokenizer, texts), 4)
+            for source, texts in self.heldout.items()
+        }
+
+    @torch.no_grad()
+    def sample(self, prompt: str) -> str:
+        """A continuation (seeded by the step; the random numbers of the training are untouched)."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.progress.step)
+            ids = self.model.generate(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.7, top_k=40,
+            )[0]  # fmt: skip
+        return self.tokenizer.decode(ids, skip_special_tokens=True).replace("\n", "⏎")
