@@ -26,9 +26,4 @@ for arg in "$@"; do
     fi
 done
 
-# Large buffers on huge pages, kept instead of given back: about a tenth faster on a CPU.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
-
 exec "$PYTHON" -m tinyllm.pretrain "${args[@]}"

@@ -91,16 +91,15 @@ class Chat:
 def read_question() -> str | None:
     """The next line of the input; None at its end or on Ctrl-C while nothing is being said."""
     try:
-        return input(USER_PROMPT)
-    except EOFError:
+        question = input(USER_PROMPT)
+        question.encode("utf-8")  # bytes that are no UTF-8 arrive as lone surrogates
+    except (EOFError, KeyboardInterrupt):
         print()
         return None
-    except KeyboardInterrupt:
-        print()
-        return None
-    except UnicodeDecodeError:
+    except UnicodeError:
         note("that was not UTF-8 text; please type it again")
         return ""
+    return question
 
 
 def note(text: str) -> None:

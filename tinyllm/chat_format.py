@@ -6,11 +6,15 @@ two equal-length lists, the ids and, for each id, whether the model is to learn 
 
     <|system|>\\n{system}\\n<|user|>\\n{user}\\n<|assistant|>\\n{answer}<|endoftext|>
     ................................................ no ......  ^^^^^^ yes ^^^^^^^^
+
+An assistant turn with ``"train": False`` is encoded alike and not learned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tinyllm.errors import UserError
 
@@ -65,6 +69,22 @@ class Encoded:
         ]
 
 
+class Piece(NamedTuple):
+    """A stretch of a conversation that is encoded in one go.
+
+    Attributes:
+        text: what it says.
+        supervised: whether the model is to learn it.
+        typed: a user wrote it and it spells a special token: encode it as plain characters.
+        ids: its ids, where they are known without a tokenizer.
+    """
+
+    text: str
+    supervised: bool
+    typed: bool = False
+    ids: list[int] | None = None
+
+
 class PlainText:
     """Encodes text in which a special token's spelling may only mean that token if we wrote it."""
 
@@ -83,6 +103,19 @@ class PlainText:
         """Ids of text that a user wrote: a typed ``<|user|>`` stays nine ordinary characters."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    def piece(self, piece: Piece) -> list[int]:
+        """Ids of one piece."""
+        if piece.ids is not None:
+            return piece.ids
+        return self.untrusted(piece.text) if piece.typed else self.trusted(piece.text)
+
+    def join(self, pieces: Iterator[Piece]) -> Encoded:
+        """Encode pieces one by one."""
+        encoded = Encoded()
+        for piece in pieces:
+            encoded.append(self.piece(piece), piece.supervised)
+        return encoded
+
 
 class FamilyFormat:
     """The format of the tiny-llm family, used by every base that brings no template of its own."""
@@ -96,17 +129,24 @@ class FamilyFormat:
 
     def encode(self, messages: list[dict]) -> Encoded:
         """Encode a whole conversation; each assistant turn and its end token are supervised."""
-        encoded = Encoded()
+        return self.text.join(self.pieces(messages))
+
+    def pieces(self, messages: list[dict]) -> Iterator[Piece]:
+        """The conversation in the stretches in which it is encoded."""
         for index, message in enumerate(messages):
             lead = "\n" if index and messages[index - 1]["role"] == "assistant" else ""
             marker, content = ROLE_MARKERS[message["role"]], message["content"]
+            typed = self.text.mentions_special(content)
             if message["role"] == "assistant":
-                encoded.append(self.text.trusted(f"{lead}{marker}\n"), False)
-                encoded.append(self._content(content), True)
-                encoded.append([self.eos_token_id], True)
+                learned = message.get("train", True)
+                yield Piece(f"{lead}{marker}\n", False)
+                yield Piece(content, learned, typed)
+                yield Piece(self.eos_token, learned, ids=[self.eos_token_id])
+            elif typed:
+                yield Piece(f"{lead}{marker}", False)
+                yield Piece(f"\n{content}\n", False, typed)
             else:
-                encoded.append(self._turn(lead, marker, content), False)
-        return encoded
+                yield Piece(f"{lead}{marker}\n{content}\n", False)
 
     def encode_prompt(self, messages: list[dict]) -> list[int]:
         """Ids after which the model writes the next reply; ``messages`` ends with a user turn."""
@@ -125,16 +165,6 @@ class FamilyFormat:
             parts.append(f"{lead}{ASSISTANT}\n")
         return "".join(parts)
 
-    def _content(self, content: str) -> list[int]:
-        if self.text.mentions_special(content):
-            return self.text.untrusted(content)
-        return self.text.trusted(content)
-
-    def _turn(self, lead: str, marker: str, content: str) -> list[int]:
-        if not self.text.mentions_special(content):
-            return self.text.trusted(f"{lead}{marker}\n{content}\n")
-        return self.text.trusted(f"{lead}{marker}") + self.text.untrusted(f"\n{content}\n")
-
 
 class TemplateFormat:
     """The format of a base that brings its own chat template (Qwen, Llama, Gemma, SmolLM2, ...)."""
@@ -149,7 +179,11 @@ class TemplateFormat:
         Raises:
             UserError: the template rewrites earlier turns, so that a reply's place is unknown.
         """
-        encoded, done = Encoded(), ""
+        return self.text.join(self.pieces(messages))
+
+    def pieces(self, messages: list[dict]) -> Iterator[Piece]:
+        """The conversation in the stretches in which it is encoded; raises as :meth:`encode`."""
+        done = ""
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -161,10 +195,9 @@ class TemplateFormat:
                     "train on single-turn rows or give the base another chat_template"
                 )
             reply, tail = self._split_reply(through[len(prompt) :])
-            encoded.append(self.text.trusted(prompt[len(done) :]), False)
-            encoded.append(self.text.trusted(reply), True)
+            yield Piece(prompt[len(done) :], False)
+            yield Piece(reply, message.get("train", True))
             done = through[: len(through) - len(tail)]
-        return encoded
 
     def encode_prompt(self, messages: list[dict]) -> list[int]:
         """Ids after which the model writes the next reply."""

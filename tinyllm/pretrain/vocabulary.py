@@ -25,7 +25,7 @@ SPECIAL_TOKENS = [PAD, EOS, *ROLES, *(f"<|reserved_{i}|>" for i in range(NUM_RES
 OWN_REPEATS = 12  # our own text counts this often
 MAX_CHARACTERS = 400_000  # of any other source (about 1 MB in UTF-8), and less of these two
 SMALL_SHARES = {"openclaw": 80_000, "chinese-poetry": 60_000}
-CHARACTER_COUNT = 40  # extra weight of every common character
+CHARACTER_COUNT = 60  # extra weight of every common character
 
 
 def common_characters() -> list[str]:

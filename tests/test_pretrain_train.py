@@ -1,0 +1,199 @@
+"""Settings, optimizer, schedule, training with resume, and the exported folder."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinyllm.pretrain import __main__ as program
+from tinyllm.pretrain import checkpoint
+from tinyllm.pretrain.evaluate import bits_per_character, passages
+from tinyllm.pretrain.model import build_model
+from tinyllm.pretrain.muon import Muon, build_optimizers, orthogonalize
+from tinyllm.pretrain.run import Run
+from tinyllm.pretrain.schedule import Progress, rate_factor
+from tinyllm.pretrain.settings import Settings, parse
+from tinyllm.pretrain.train import prepare, train
+
+STORIES = [
+    f"{name}今天去{place}，买了{number}个{fruit}。回家以后，{name}把{fruit}分给妈妈。"
+    for name in ("小明", "小红", "阿姨") for place in ("商店", "市场", "超市")
+    for number in ("三", "五") for fruit in ("苹果", "橘子")
+]  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "stories.txt").write_text("\n\n".join(STORIES), encoding="utf-8")
+    return Settings(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
+        num_key_value_heads=1, head_dim=16, max_length=64, own_text=str(own),
+        work=str(tmp_path / "work"), export_to=str(tmp_path / "model"), sources="none",
+        max_steps=6, warmup_steps=1, rows_per_step=2, rows_per_forward=1, log_steps=1,
+        evaluate_passages=2,
+    )  # fmt: skip
+
+
+def run_of(settings) -> Run:
+    return program.build_run(settings)[0]
+
+
+def test_yaml_then_command_line_and_types(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("muon_lr: 2e-3\nmax_steps: 7\n")
+    settings = parse(
+        ["--config", str(config), "--max_steps", "9", "--strict", "--weights", "own=1,openclaw=2"]
+    )
+    assert (settings.muon_lr, settings.max_steps, settings.strict) == (2e-3, 9, True)
+    assert settings.weights == {"own": 1.0, "openclaw": 2.0}
+    config.write_text("muon_rl: 1\n")
+    with pytest.raises(ValueError, match="did you mean muon_lr"):
+        parse(["--config", str(config)])
+
+
+def test_shipped_yaml_parses_and_gives_about_16m_parameters():
+    settings = parse(["--config", "configs/ptm_tiny_llm_16m.yaml"])
+    model = build_model(settings, 0)
+    assert 15e6 < sum(p.numel() for p in model.parameters()) < 17e6
+
+
+@pytest.mark.parametrize(
+    "bad", [{"stage": "x"}, {"stage": "decay"}, {"num_heads": 4, "num_key_value_heads": 3}]
+)
+def test_contradictions_are_refused(bad):
+    with pytest.raises(ValueError):
+        Settings(**bad)
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    for shape in ((3, 16, 48), (2, 48, 16), (1, 32, 32)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_muon_takes_the_layers_and_adamw_the_rest(settings):
+    model = run_of(settings).model
+    muon, adamw = build_optimizers(model, 0.02, 3e-3, 0.95, 0.0)
+    assert isinstance(muon, Muon)
+    assert len(muon.param_groups[0]["params"]) == 2 * 7
+    assert len(adamw.param_groups[0]["params"]) == 1 + 2 * 2 + 1
+
+
+def test_schedule_of_a_full_run():
+    settings = Settings(max_steps=100, warmup_steps=10, decay_share=0.25, stage="full")
+    factors = [rate_factor(settings, Progress(step=s)) for s in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:75] == [1.0] * 65
+    assert factors[88] == pytest.approx(0.48)
+    assert factors[99] < 0.05
+
+
+def test_time_budget_moves_the_decay_forward():
+    settings = Settings(max_steps=1000, max_minutes=10, stage="full")
+    assert rate_factor(settings, Progress(step=100, seconds=60)) == 1.0
+    assert rate_factor(settings, Progress(step=100, seconds=540)) == pytest.approx(0.4)
+
+
+def losses_of(run, num_steps):
+    return [run.train_step() for _ in range(num_steps)]
+
+
+def test_resume_equals_the_uninterrupted_run(settings):
+    whole = run_of(settings)
+    expected = losses_of(whole, 6)
+    first = run_of(settings)
+    losses_of(first, 3)
+    first.save()
+    second = run_of(settings)
+    prepare(second)
+    assert losses_of(second, 3) == expected[3:]
+    assert second.seen == whole.seen and second.progress.tokens == whole.progress.tokens
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_micro_batches_do_not_change_the_step(settings):
+    settings.rows_per_step = 4
+    expected = losses_of(run_of(settings), 2)
+    settings.rows_per_forward = 4
+    assert losses_of(run_of(settings), 2) == pytest.approx(expected, abs=1e-4)
+
+
+def test_changed_text_begins_a_new_stream_and_says_so(settings, caplog):
+    caplog.set_level(logging.INFO)
+    first = run_of(settings)
+    losses_of(first, 2)
+    first.save()
+    prepare(run_of(settings))
+    assert "is unchanged: the stream goes on exactly" in caplog.text
+    caplog.clear()
+    path = Path(settings.own_text) / "stories.txt"
+    path.write_text(path.read_text(encoding="utf-8") + "\n\n新的故事在这里。", encoding="utf-8")
+    second = run_of(settings)
+    prepare(second)
+    assert "a new stream begins at this step" in caplog.text
+    assert second.progress.step == 2
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint(settings):
+    run = run_of(settings)
+    run.save()
+    (run.folder / "step-0000009.tmp").write_bytes(b"half")
+    assert checkpoint.last(run.folder).name == "step-0000000.pt"
+    for _ in range(3):
+        run.progress.step += 1
+        run.save()
+    assert [p.name for p in checkpoint.list_checkpoints(run.folder)] == [
+        "step-0000002.pt",
+        "step-0000003.pt",
+    ]
+
+
+def test_stable_stage_then_decay_from_its_checkpoint(settings):
+    settings.stage, settings.max_steps = "stable", 3
+    train(run_of(settings))
+    settings.stage, settings.decay_steps = "decay", 2
+    run = run_of(settings)
+    train(run)
+    assert (run.progress.decay_start, run.progress.step) == (3, 5)
+    assert (run.folder / "stable.pt").exists()
+    settings.stage = "stable"
+    with pytest.raises(ValueError, match="in its decay"):
+        prepare(run_of(settings))
+
+
+def test_training_learns_and_exports_a_folder_that_plain_transformers_opens(settings):
+    settings.max_steps, settings.muon_lr = 40, 0.02
+    run, counts = program.build_run(settings)
+    before = run.evaluate()["own"]
+    train(run)
+    program.export_run(run, counts)
+    folder = Path(settings.export_to)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "generation_config.json",
+        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16 and model.config.model_type == "llama"
+    assert tokenizer("<|user|>你好")["input_ids"] == run.tokenizer("<|user|>你好")["input_ids"]
+    text = passages(STORIES, 4)
+    after = bits_per_character(model.float(), tokenizer, text)
+    assert after < before - 1
+    assert after == pytest.approx(bits_per_character(run.model, run.tokenizer, text), abs=0.05)
+
+
+def test_bits_per_character_counts_scored_characters_only(settings):
+    run = run_of(settings)
+    text = STORIES[0]
+    ids = run.tokenizer(text, return_tensors="pt")["input_ids"]
+    nats = run.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    scored = len(text) - len(run.tokenizer.decode(ids[0, :1]))
+    expected = nats / 0.6931471805599453 / scored
+    together = bits_per_character(run.model, run.tokenizer, [text, "短的句子。"])
+    assert bits_per_character(run.model, run.tokenizer, [text]) == pytest.approx(expected, rel=1e-4)
+    assert together != pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,170 @@
+"""The Trainer against a naive reference, and against itself however a step is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROWS, make_model, train_arguments
+
+import sft_lora
+from tinyllm.adapter import read_adapter
+from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, chat_format_of
+from tinyllm.command_line import parse_settings
+from tinyllm.examples import encode_records
+from tinyllm.formats import conversation_of
+from tinyllm.lora import add_lora
+from tinyllm.records import Record
+from tinyllm.trainer import SftTrainer
+
+NO_NOISE = (
+    "--lora_dropout",
+    "0",
+    "--learning_rate",
+    "1e-3",
+    "--lr_scheduler_type",
+    "constant",
+    "--warmup_steps",
+    "0",
+)
+
+
+def encoded(tokenizer):
+    records = [Record(conversation_of(row), "rows", i) for i, row in enumerate(ROWS, 1)]
+    return encode_records(records, chat_format_of(tokenizer), DEFAULT_SYSTEM_PROMPT, 256, "error")[
+        0
+    ]
+
+
+def adapter_after(base, data, output, *words) -> dict[str, torch.Tensor]:
+    arguments = train_arguments(base, data, output, "--eval_dataset", "none", "--eval_strategy", "no",
+                                "--num_sample_replies", "0", "--save_strategy", "no", *words)  # fmt: skip
+    assert sft_lora.main(arguments) == 0
+    return read_adapter(output).weights
+
+
+def assert_same(first, second, tolerance=1e-5):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def naive_step_losses(settings, examples, steps, tokenizer):
+    """Pad to the longest, peft's own layers, cross-entropy over all positions, mean over a step."""
+    torch.manual_seed(settings.training.seed)
+    settings.lora.fast_lora = False
+    model = add_lora(make_model(), settings.lora)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=settings.training.learning_rate,
+        weight_decay=0.0,
+    )  # fmt: skip
+    losses = []
+    for step in steps:
+        rows = [examples[i] for i in step]
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            n = len(row["input_ids"])
+            ids[i, :n], labels[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
+            mask[i, :n] = 1
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {
+        n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_every_step_equals_the_naive_reference(tokenizer, base_folder, data_file, tmp_path):
+    words = train_arguments(base_folder, data_file, tmp_path, *NO_NOISE, "--logging_steps", "1",
+                            "--eval_strategy", "no", "--save_strategy", "no")  # fmt: skip
+    settings, _ = parse_settings(words)
+    examples = encoded(tokenizer)
+    torch.manual_seed(settings.training.seed)
+    trainer = SftTrainer(
+        add_lora(make_model(), settings.lora), settings.training, examples, None, tokenizer, 64
+    )
+    order = []
+    step = trainer.training_step
+
+    def spy(model, inputs, num_items_in_batch=None):
+        rows = inputs["input_ids"].split(inputs["lengths"].tolist())
+        order.append([tuple(row.tolist()) for row in rows])
+        return step(model, inputs, num_items_in_batch)
+
+    trainer.training_step = spy
+    trainer.train()
+    number = {tuple(e["input_ids"].tolist()): i for i, e in enumerate(examples)}
+    steps = [[number[row] for row in one] for one in order]
+    assert len(steps) == 6
+    losses, adapter = naive_step_losses(settings, examples, steps, tokenizer)
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    torch.testing.assert_close(torch.tensor(logged), torch.tensor(losses), atol=1e-5, rtol=0)
+    trained = {
+        n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad
+    }
+    assert_same(trained, adapter)
+
+
+def test_accumulation_changes_nothing(base_folder, data_file, tmp_path):
+    whole = adapter_after(base_folder, data_file, tmp_path / "a", *NO_NOISE,
+                          "--per_device_train_batch_size", "6")  # fmt: skip
+    parts = adapter_after(base_folder, data_file, tmp_path / "b", *NO_NOISE, "--max_length", "24",
+                          "--per_device_train_batch_size", "1",
+                          "--gradient_accumulation_steps", "6")  # fmt: skip
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("words", [("--fast_lora", "False"), ("--attn_implementation", "eager")])
+def test_fast_paths_equal_the_slow_ones(base_folder, data_file, tmp_path, words):
+    fast = adapter_after(base_folder, data_file, tmp_path / "a", *NO_NOISE)
+    slow = adapter_after(base_folder, data_file, tmp_path / "b", *NO_NOISE, *words)
+    assert_same(fast, slow)
+
+
+def test_held_out_loss_counts_every_token_once(tokenizer, base_folder, data_file, tmp_path):
+    words = train_arguments(base_folder, data_file, tmp_path, "--per_device_eval_batch_size", "4")
+    settings, _ = parse_settings(words)
+    examples, model = encoded(tokenizer), make_model()
+    total, count = 0.0, 0
+    for i in range(len(examples)):
+        ids = torch.tensor(examples[i]["input_ids"])[None].long()
+        labels = torch.tensor(examples[i]["labels"])[None].long()
+        supervised = int((labels != -100).sum())
+        total += model(input_ids=ids, labels=labels).loss.item() * supervised
+        count += supervised
+    trainer = SftTrainer(model, settings.training, examples, examples, tokenizer, 64)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_one_batch_overfits(tokenizer, base_folder, data_file, tmp_path):
+    words = train_arguments(base_folder, data_file, tmp_path, "--max_steps", "150", "--lora_r", "16",
+                            "--learning_rate", "2e-2", "--per_device_train_batch_size", "6",
+                            "--lora_dropout", "0", "--eval_strategy", "no", "--save_strategy", "no",
+                            "--logging_steps", "10")  # fmt: skip
+    settings, _ = parse_settings(words)
+    trainer = SftTrainer(
+        add_lora(make_model(hidden_size=64), settings.lora), settings.training, encoded(tokenizer),
+        None, tokenizer, 64,
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_full_training_without_lora(base_folder, data_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    words = train_arguments(base_folder, data_file, tmp_path / "full", "--use_lora", "False")
+    assert sft_lora.main(words) == 0
+    before = AutoModelForCausalLM.from_pretrained(base_folder)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert not (tmp_path / "full" / "adapter_config.json").exists()
