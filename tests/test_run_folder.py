@@ -87,7 +87,7 @@ def test_a_foreign_folder_is_refused(base_folder, data_file, tmp_path):
 
 def test_a_folder_that_cannot_be_written(base_folder, data_file, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written|in the way"):
+    with pytest.raises(UserError, match=r"cannot be written|in the way"):
         sft_lora.main(train_arguments(base_folder, data_file, tmp_path / "file" / "run"))
 
 

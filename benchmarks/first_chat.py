@@ -1,0 +1,102 @@
+"""How well does the default run answer?  Asks held-out questions and counts.
+
+    python benchmarks/first_chat.py --base_model BASE --lora_model RUN [--transcript FILE]
+
+A reply is right when it contains one string of ``any_of`` and none of ``none_of`` (spaces aside);
+it stops when the model ends it by itself within 200 tokens; it repeats when a phrase of four or more
+characters stands in it three times.  The questions lie in first_chat.jsonl, none is in the training
+rows.  Replies are greedy, so the result is the same on every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, chat_format_of
+from tinyllm.errors import run_program
+
+QUESTIONS = Path(__file__).with_name("first_chat.jsonl")
+MAX_NEW_TOKENS = 200
+REPEATED = re.compile(r"(.{4,}?).*?\1.*?\1", re.DOTALL)
+
+
+def is_right(reply: str, question: dict) -> bool:
+    """Whether a reply holds what it should and nothing that it should not."""
+    text = reply.replace(" ", "")
+    wanted, unwanted = question.get("any_of", []), question.get("none_of", [])
+    return (not wanted or any(w in text for w in wanted)) and not any(u in text for u in unwanted)
+
+
+def ask(model, tokenizer, questions: list[dict]) -> list[dict]:
+    """Answer every question greedily, each in a conversation of its own."""
+    from tinyllm.generate import generate_reply
+
+    chat_format, answered = chat_format_of(tokenizer), []
+    for number, question in enumerate(questions, 1):
+        messages = [
+            {"role": "system", "content": DEFAULT_SYSTEM_PROMPT},
+            {"role": "user", "content": question["question"]},
+        ]
+        reply = generate_reply(
+            model, tokenizer, chat_format, messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+        answered.append(
+            {
+                "kind": question["kind"], "question": question["question"], "reply": reply.text,
+                "right": is_right(reply.text, question), "stopped": reply.stopped,
+                "repeats": bool(REPEATED.search(reply.text)),
+            }
+        )  # fmt: skip
+        print(f"\r{number} of {len(questions)}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    return answered
+
+
+def table(answered: list[dict]) -> str:
+    """Counts by kind."""
+    kinds = defaultdict(list)
+    for answer in answered:
+        kinds[answer["kind"]].append(answer)
+    lines = [f"{'kind':12} {'right':>9} {'stopped':>9} {'repeats':>9}"]
+    for kind, group in [*kinds.items(), ("all", answered)]:
+        counts = [f"{sum(a[k] for a in group)}/{len(group)}" for k in ("right", "stopped", "repeats")]
+        lines.append(f"{kind:12} " + " ".join(f"{count:>9}" for count in counts))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base_model", required=True)
+    parser.add_argument("--lora_model", help="without it the base alone is asked")
+    parser.add_argument("--transcript", help="write questions and replies to this .jsonl file")
+    args = parser.parse_args()
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.lora_model:
+        from load_lora_model import load_lora_model
+
+        model, tokenizer = load_lora_model(args.base_model, args.lora_model)
+    else:
+        from tinyllm.base import load_base
+
+        model, tokenizer = load_base(args.base_model)
+    questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    answered = ask(model, tokenizer, questions)
+    if args.transcript:
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answered]
+        Path(args.transcript).write_text("".join(lines), encoding="utf-8")
+    print(table(answered))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
