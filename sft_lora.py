@@ -3,6 +3,7 @@
     ./script/sft_lora.sh                       the usual way: sets up, launches, says how to chat
     python sft_lora.py --dataset my.jsonl      this program alone, on one device
     python sft_lora.py --config my.yaml --learning_rate 2e-4
+    python sft_lora.py --dataset my.jsonl --preview 3       look at examples, train nothing
 
 Every setting: python sft_lora.py --help
 """
@@ -27,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, chat_format = sft.load_model(settings)
     # 3. rows → examples
     data, max_length = sft.load_examples(settings, model, chat_format)
+    if settings.run.preview:
+        sft.show_preview(settings, tokenizer, data)
+        return 0
     # 4. what this run is, and what the run folder already holds
     run = sft.open_run(settings, tokenizer, data)
     if run.already_finished:

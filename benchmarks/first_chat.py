@@ -66,7 +66,9 @@ def table(answered: list[dict]) -> str:
         kinds[answer["kind"]].append(answer)
     lines = [f"{'kind':12} {'right':>9} {'stopped':>9} {'repeats':>9}"]
     for kind, group in [*kinds.items(), ("all", answered)]:
-        counts = [f"{sum(a[k] for a in group)}/{len(group)}" for k in ("right", "stopped", "repeats")]
+        counts = [
+            f"{sum(a[k] for a in group)}/{len(group)}" for k in ("right", "stopped", "repeats")
+        ]
         lines.append(f"{kind:12} " + " ".join(f"{count:>9}" for count in counts))
     return "\n".join(lines)
 

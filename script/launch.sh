@@ -43,11 +43,11 @@ launch_on_gpus() {
     LAUNCH=("$PYTHON" -m accelerate.commands.launch --num_processes "$number" --num_machines 1
         --mixed_precision no --dynamo_backend no)
     LAUNCH_ARGS=()
-    ((number == 1)) || LAUNCH+=(--multi_gpu)
     if [[ $USE_DEEPSPEED == 0 ]]; then
         WHY="$1 GPU(s) found, so $number process(es) with accelerate, DeepSpeed turned off"
+        ((number == 1)) || LAUNCH+=(--multi_gpu)
     else
         WHY="$1 GPU(s) found, so $number process(es) with accelerate and DeepSpeed ZeRO-$ZERO_STAGE"
-        LAUNCH_ARGS+=(--deepspeed "configs/zero$ZERO_STAGE.json")
+        LAUNCH+=(--use_deepspeed --deepspeed_config_file "configs/zero$ZERO_STAGE.json")
     fi
 }

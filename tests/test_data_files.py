@@ -7,11 +7,14 @@ import unicodedata
 from collections import Counter
 
 import pytest
-
 from conftest import REPOSITORY
+
 from tinyllm.formats import conversation_of
 
-TRAIN = [REPOSITORY / "data/sft_train/sft_data.jsonl", REPOSITORY / "data/sft_train/sft_multi_turn.jsonl"]
+TRAIN = [
+    REPOSITORY / "data/sft_train/sft_data.jsonl",
+    REPOSITORY / "data/sft_train/sft_multi_turn.jsonl",
+]
 HELD_OUT = REPOSITORY / "data/sft_eval/sft_heldout.jsonl"
 PROBES = REPOSITORY / "benchmarks/first_chat.jsonl"
 MAKER = "李小贱"
@@ -87,7 +90,9 @@ def test_pretraining_text_says_nothing_of_the_assistants_identity():
 
 
 def test_held_out_wordings_are_not_in_the_pretraining_text():
-    text = "".join(p.read_text(encoding="utf-8") for p in (REPOSITORY / "data/pretrain").glob("*.txt"))
+    text = "".join(
+        p.read_text(encoding="utf-8") for p in (REPOSITORY / "data/pretrain").glob("*.txt")
+    )
     lines = {plain(line.removeprefix("问：")) for line in text.splitlines()}
     questions = [row["question"] for row in rows(HELD_OUT) + rows(PROBES)]
     assert not [q for q in questions if plain(q) in lines and len(plain(q)) > 4]

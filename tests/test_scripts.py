@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import REPOSITORY
 
 TOOLS = ["bash", "dirname", "cat", "env", "uname", "mkdir", "chmod", "rm", "tee"]
@@ -95,7 +94,10 @@ def fake_tools(folder: Path, **programs: str) -> str:
 
 
 def test_an_old_python_gets_one_line(clone, tmp_path):
-    path = fake_tools(tmp_path / "bin", python3='[[ $1 != --version ]] || { echo "Python 3.8.1"; exit 0; }; exit 1')
+    path = fake_tools(
+        tmp_path / "bin",
+        python3='[[ $1 != --version ]] || { echo "Python 3.8.1"; exit 0; }; exit 1',
+    )
     done = start(clone / "script/sft_lora.sh", path=path)
     assert done.returncode == 2
     assert done.stderr.strip() == (
@@ -152,3 +154,29 @@ def test_every_script_is_executable_and_parses():
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
         if script.name not in ("env.sh", "launch.sh"):
             assert os.access(script, os.X_OK), script.name
+
+
+def test_gpus_are_launched_with_accelerate_and_deepspeed(clone, tmp_path):
+    """With a stand-in for the driver and for Python: the words that would be started."""
+    driver = 'echo "GPU 0: one"; echo "GPU 1: two"'
+    python = (
+        """
+case "$*" in
+  *requirements_met* | *version_info*) exit 0;;
+  -) exec """
+        + sys.executable
+        + """ -;;
+esac
+echo "started: $*"
+exit 0"""
+    )
+    path = fake_tools(tmp_path / "bin", python3=python, **{"nvidia-smi": driver})
+    words = {"path": path, "BASE_MODEL": "x"}
+    two = start(clone / "script/sft_lora.sh", "--max_steps", "3", **words)
+    assert "2 GPU(s) found, so 2 process(es) with accelerate and DeepSpeed ZeRO-2" in two.stderr
+    assert "--num_processes 2" in two.stdout and "--max_steps 3" in two.stdout
+    assert "--use_deepspeed --deepspeed_config_file configs/zero2.json" in two.stdout
+    one = start(clone / "script/sft_lora.sh", NPROC="1", USE_DEEPSPEED="0", **words)
+    assert "--num_processes 1" in one.stdout and "deepspeed" not in one.stdout
+    three = start(clone / "script/sft_lora.sh", NPROC="3", **words)
+    assert three.returncode == 2 and "only 2 GPU(s) were found" in three.stderr

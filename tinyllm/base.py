@@ -75,7 +75,8 @@ def check_base_folder(path: str | Path) -> None:
         raise UserError(f"{path}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
-            f"{path}: the base has no tokenizer; copy its {' or '.join(TOKENIZER_FILES[:3])} there"
+            f"{path}: the base has no tokenizer; copy its tokenizer.json there, or its "
+            "tokenizer.model and tokenizer_config.json"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from tinyllm.errors import UserError
@@ -101,7 +102,43 @@ class PlainText:
 
     def untrusted(self, text: str) -> list[int]:
         """Ids of text that a user wrote: a typed ``<|user|>`` stays nine ordinary characters."""
+        if self.unmarked is not None:
+            return self.unmarked.encode(text, add_special_tokens=False).ids
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    @cached_property
+    def unmarked(self):
+        """The tokenizer without its added tokens, where some of them are not special.
+
+        ``split_special_tokens`` takes only special ones apart; None where that is all of them.
+        """
+        added = self.tokenizer.added_tokens_decoder.values()
+        if not self.tokenizer.is_fast or all(token.special for token in added):
+            return None
+        backend = self.tokenizer.backend_tokenizer
+        unmarked = type(backend)(backend.model)
+        unmarked.normalizer, unmarked.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        return unmarked
+
+    @cached_property
+    def newline(self) -> list[int] | None:
+        """Ids of a newline, where text behind one is encoded otherwise than alone; None elsewhere.
+
+        SentencePiece begins a string with a space piece; the same text further on has none.
+        """
+        newline = self.trusted("\n")
+        return newline if self.trusted("\na") != newline + self.trusted("a") else None
+
+    def after_newline(self, text: str, typed: bool) -> list[int] | None:
+        """Ids of text as they are in one string with the newline before it.
+
+        None where encoding it alone gives the same, or where it shares a token with the newline.
+        """
+        if self.newline is None:
+            return None
+        ids = self.untrusted(f"\n{text}") if typed else self.trusted(f"\n{text}")
+        size = len(self.newline)
+        return ids[size:] if ids[:size] == self.newline else None
 
     def piece(self, piece: Piece) -> list[int]:
         """Ids of one piece."""
@@ -140,13 +177,13 @@ class FamilyFormat:
             if message["role"] == "assistant":
                 learned = message.get("train", True)
                 yield Piece(f"{lead}{marker}\n", False)
-                yield Piece(content, learned, typed)
+                yield Piece(content, learned, typed, self.text.after_newline(content, typed))
                 yield Piece(self.eos_token, learned, ids=[self.eos_token_id])
-            elif typed:
+            elif typed and marker in self.text.special_spellings:
                 yield Piece(f"{lead}{marker}", False)
                 yield Piece(f"\n{content}\n", False, typed)
             else:
-                yield Piece(f"{lead}{marker}\n{content}\n", False)
+                yield Piece(f"{lead}{marker}\n{content}\n", False, typed)
 
     def encode_prompt(self, messages: list[dict]) -> list[int]:
         """Ids after which the model writes the next reply; ``messages`` ends with a user turn."""
@@ -155,15 +192,20 @@ class FamilyFormat:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The same conversation as text, for previews and the model card."""
-        parts = []
-        for index, message in enumerate(messages):
-            lead = "\n" if index and messages[index - 1]["role"] == "assistant" else ""
-            end = self.eos_token if message["role"] == "assistant" else "\n"
-            parts.append(f"{lead}{ROLE_MARKERS[message['role']]}\n{message['content']}{end}")
-        if add_generation_prompt:
-            lead = "\n" if messages and messages[-1]["role"] == "assistant" else ""
-            parts.append(f"{lead}{ASSISTANT}\n")
-        return "".join(parts)
+        return render_family(messages, self.eos_token, add_generation_prompt)
+
+
+def render_family(messages: list[dict], eos_token: str, add_generation_prompt: bool = False) -> str:
+    """A conversation as text in the family's format; see the drawing at the top."""
+    parts = []
+    for index, message in enumerate(messages):
+        lead = "\n" if index and messages[index - 1]["role"] == "assistant" else ""
+        end = eos_token if message["role"] == "assistant" else "\n"
+        parts.append(f"{lead}{ROLE_MARKERS[message['role']]}\n{message['content']}{end}")
+    if add_generation_prompt:
+        lead = "\n" if messages and messages[-1]["role"] == "assistant" else ""
+        parts.append(f"{lead}{ASSISTANT}\n")
+    return "".join(parts)
 
 
 class TemplateFormat:

@@ -36,6 +36,10 @@ SAME_SETTING = {
     "cutoff_len": "max_length",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",
+    "val_dataset": "eval_dataset",
+    "val_size": "eval_share",
+    "val_set_size": "eval_share",
+    "system": "system_prompt",
 }
 # Names that older versions of transformers used, and what they are called now.
 OLD_NAMES = {

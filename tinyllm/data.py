@@ -1,121 +1,219 @@
-"""Settings → training and held-out examples; what became of every row is counted and printed."""
+"""Settings → training and held-out examples; what became of every row is counted and printed.
+
+Two readings: the first checks every row and decides what becomes of it (row_index.py), the second
+encodes (encoding.py).  Large data is kept encoded (encoding_cache.py).
+"""
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
+from tinyllm.encoding import Encoder, LengthRules
+from tinyllm.encoding_cache import CACHE_FROM_BYTES, EncodingCache, cache_key, stamps, total_bytes
 from tinyllm.errors import UserError
-from tinyllm.examples import EncodingCount, Examples, encode_records
-from tinyllm.records import Record, Records, read_records
+from tinyllm.examples import Examples
+from tinyllm.formats import RowRules
+from tinyllm.ledger import Ledger
+from tinyllm.ledger_table import table
+from tinyllm.records import Record, Source, find_sources, split_weight
+from tinyllm.row_encoder import RowEncoder
+from tinyllm.row_index import (
+    HELD_OUT,
+    RowIndex,
+    copies,
+    count_overlap,
+    count_repeats,
+    hold_out,
+    index_rows,
+)
 from tinyllm.settings import DataSettings
+
+SAY_SECONDS = 5
 
 
 @dataclass
 class Data:
-    """Everything that a run learns from and is measured by."""
+    """Everything that a run learns from and is measured by.
+
+    Attributes:
+        ledger: what became of every row.
+        sample_records: the first held-out records (the first training records, if none is held out).
+        origin: where the examples come from, when that is worth saying.
+    """
 
     train: Examples
     held_out: Examples | None
-    train_count: EncodingCount
-    held_out_records: list[Record]
-    read: Records
+    ledger: Ledger
+    sample_records: list[Record]
+    origin: str = ""
+
+    @property
+    def held_out_records(self) -> list[Record]:
+        """Records to ask the finished model about."""
+        return self.sample_records
 
     @property
     def summary(self) -> dict:
         """The counts that go into ``run.json``."""
+        ledger, train = self.ledger, self.ledger.train
         return {
-            "num_rows_read": sum(f.num_read for f in self.read.files),
-            "num_rows_refused": len(self.read.refused),
-            "num_shortened": len(self.train_count.shortened),
-            "num_dropped": len(self.train_count.dropped),
-            "num_examples": len(self.train),
-            "num_held_out": len(self.held_out) if self.held_out is not None else 0,
-            "num_tokens": len(self.train.input_ids),
-            "num_supervised": self.train.num_supervised,
-            "max_tokens": int(self.train.lengths.max()),
+            "num_rows_read": ledger.total("num_read"),
+            "num_rows_refused": ledger.total("refused"),
+            "num_shortened": ledger.total("shortened"),
+            "num_dropped": ledger.total("dropped"),
+            "num_duplicates": ledger.duplicates.number,
+            "num_conflicting_questions": ledger.conflicts.number,
+            "num_held_out_also_trained": ledger.overlap.number,
+            "num_examples": train.num_examples,
+            "num_held_out": ledger.held_out.num_examples if ledger.held_out else 0,
+            "num_tokens": train.num_tokens,
+            "num_supervised": train.num_supervised,
+            "max_tokens": train.length_max,
         }
 
 
-def load_data(settings: DataSettings, chat_format, max_length: int, seed: int) -> Data:
-    """Read, check and encode the training and the held-out rows.
+@dataclass(frozen=True)
+class Files:
+    """Which files are read: to train on, to evaluate on (or none, and a share is split off)."""
+
+    train: list[Source]
+    held_out: list[Source]
+    split: bool
+    others: list[str]
+
+    @property
+    def all(self) -> list[Source]:
+        return [*self.train, *self.held_out]
+
+
+def load_data(
+    settings: DataSettings, chat_format, max_length: int, seed: int, progress: bool = False
+) -> Data:
+    """Read, check and encode the training and the held-out rows, or take them from the cache.
 
     Args:
         max_length: most tokens of an example.
-        seed: chooses the rows that are held out when a share of the training rows is.
+        seed: chooses the rows that are held out, and those that a weight like 0.5 keeps.
+        progress: show bars for what takes long.
 
     Raises:
         UserError: whatever is wrong with a file or a row.
     """
-    read = read_records(settings.dataset, settings.bad_rows)
-    training, held_out = _split(settings, read.records, seed)
-    train, count = encode_records(
-        training, chat_format, settings.system_prompt, max_length, settings.overlong
-    )
-    held = None
-    if held_out:
-        held, _ = encode_records(
-            held_out, chat_format, settings.system_prompt, max_length, settings.overlong
-        )
-    return Data(train, held, count, held_out, read)
+    started = time.monotonic()
+    files = find_files(settings)
+    if settings.data_cache == "none" or total_bytes(files.all) < CACHE_FROM_BYTES:
+        data = prepare(settings, files, chat_format, max_length, seed, None, progress)
+        seconds = time.monotonic() - started
+        data.origin = f"prepared in {seconds:.0f} s" if seconds > SAY_SECONDS else ""
+        return data
+    cache, before = _cache(settings, files, chat_format, max_length, seed), stamps(files.all)
+    if (data := _load(cache)) is not None:
+        data.origin = f"from the cache {cache.entry}, in {time.monotonic() - started:.1f} s"
+        return data
+    with cache.writing() as scratch:
+        data = prepare(settings, files, chat_format, max_length, seed, scratch, progress)
+        _save(cache, scratch, data)
+        if stamps(files.all) != before:
+            raise UserError("a data file has changed while it was being read; start again")
+    data = _load(cache) or data
+    data.origin = f"prepared in {time.monotonic() - started:.0f} s, kept in {cache.entry}"
+    return data
 
 
-def _split(settings: DataSettings, records: list[Record], seed: int):
-    """``(training records, held-out records)``."""
+def find_files(settings: DataSettings) -> Files:
+    """Find all data files; ``auto`` held-out rows are the folder beside, or a share."""
+    train, others = find_sources(settings.dataset)
     if settings.eval_dataset == ["none"]:
-        return records, []
+        return Files(train, [], False, others)
     paths = settings.eval_dataset
     if paths == ["auto"]:
         beside = held_out_beside(settings.dataset)
         if beside is None:
-            return hold_out(records, settings.eval_share, seed)
+            return Files(train, [], True, others)
         paths = [str(beside)]
-    return records, read_records(paths, settings.bad_rows).records
+    held_out, more = find_sources(paths)
+    if any(source.weight != 1 for source in held_out):
+        raise UserError("--eval_dataset: a weight makes no sense here, every row is evaluated once")
+    return Files(train, held_out, False, others + more)
 
 
 def held_out_beside(dataset: list[str]) -> Path | None:
     """The folder ``…eval`` that lies beside a training folder ``…train``, if there is one."""
     if len(dataset) != 1:
         return None
-    folder = Path(dataset[0])
+    folder = Path(split_weight(dataset[0])[0])
     if not folder.is_dir() or "train" not in folder.name:
         return None
     beside = folder.with_name(folder.name.replace("train", "eval"))
     return beside if beside.is_dir() else None
 
 
-def hold_out(records: list[Record], share: float, seed: int):
-    """Choose a share of the records at random; at least one, and none of a single record."""
-    if len(records) < 2:
-        return records, []
-    number = min(max(1, round(len(records) * share)), len(records) - 1)
-    chosen = set(random.Random(seed).sample(range(len(records)), number))
-    return (
-        [r for i, r in enumerate(records) if i not in chosen],
-        [r for i, r in enumerate(records) if i in chosen],
-    )
+def prepare(
+    settings: DataSettings, files: Files, chat_format, max_length: int, seed: int,
+    folder: Path | None, progress: bool,
+) -> Data:  # fmt: skip
+    """Read everything; the examples are kept in memory or in files of ``folder``."""
+    rules = RowRules(settings.column_names, settings.train_on)
+    train = index_rows(files.train, rules, "train", settings.bad_rows, progress)
+    held_out = (index_rows(files.held_out, rules, "held-out", settings.bad_rows, progress)
+                if files.held_out else None)  # fmt: skip
+    length_rules = LengthRules(max_length, settings.overlong)
+    encoder = Encoder(chat_format, settings.system_prompt, length_rules)
+    rows = RowEncoder(encoder, rules, settings.bad_rows, folder, progress)
+    try:
+        rows.encode(train, fates(train, settings.eval_share if files.split else 0, seed))
+        if held_out is not None:
+            rows.encode(held_out, np.full(len(held_out), HELD_OUT))
+        examples = rows.finish()
+    finally:
+        rows.close()
+    ledger = Ledger([*train.ledgers, *(held_out.ledgers if held_out else [])], max_length,
+                    *rows.sizes, other_files=files.others)  # fmt: skip
+    ledger.duplicates, ledger.conflicts = count_repeats(train)
+    if held_out is not None:
+        count_repeats(held_out)
+        ledger.overlap = count_overlap(held_out, train)
+    return Data(*examples, ledger, rows.samples)
+
+
+def fates(index: RowIndex, eval_share: float, seed: int) -> np.ndarray:
+    """What becomes of each row, ``(num_rows,)``: HELD_OUT, or how often an epoch sees it."""
+    fate = copies(index, seed)
+    if eval_share:
+        fate[hold_out(index, eval_share, seed)] = HELD_OUT
+    return fate
+
+
+def _cache(
+    settings: DataSettings, files: Files, chat_format, max_length: int, seed: int
+) -> EncodingCache:
+    depends = {**asdict(settings), "max_length": max_length, "seed": seed, "others": files.others}
+    depends.pop("data_cache")
+    return EncodingCache(Path(settings.data_cache), cache_key(chat_format, files.all, depends))
+
+
+def _save(cache: EncodingCache, scratch: Path, data: Data) -> None:
+    samples = [asdict(record) for record in data.sample_records]
+    content = {"ledger": data.ledger.to_json(), "samples": samples}
+    cache.finish(scratch, {"train": data.train, "held_out": data.held_out}, content)
+
+
+def _load(cache: EncodingCache) -> Data | None:
+    found = cache.load()
+    if found is None:
+        return None
+    parts, content = found
+    samples = [Record(**sample) for sample in content["samples"]]
+    return Data(parts["train"], parts["held_out"], Ledger.from_json(content["ledger"]), samples)
 
 
 def describe(data: Data) -> str:
-    """The counts in a few lines, for the start of a run."""
-    s, lines = data.summary, []
-    for file in data.read.files:
-        refused = f", {len(file.refused)} refused" if file.refused else ""
-        lines.append(f"  {file.file}: {file.num_read:,} rows, {file.num_kept:,} kept{refused}")
-        lines += [f"    line {line}: {why}" for line, why in file.refused[:10]]
-    for what, where in (
-        ("shortened", data.train_count.shortened),
-        ("dropped", data.train_count.dropped),
-    ):
-        if where:
-            lines.append(f"  {len(where)} examples over max_length {what}, first {where[0]}")
-    share = 100 * s["num_supervised"] / s["num_tokens"]
-    lines.append(
-        f"  {s['num_examples']:,} examples to train on, {s['num_held_out']:,} held out; "
-        f"{s['num_tokens']:,} tokens, {share:.0f} % of them supervised; longest {s['max_tokens']}"
-    )
-    return "\n".join(lines)
+    """The ledger's table, for the start of a run."""
+    return table(data.ledger) + (f"\n  {data.origin}" if data.origin else "")
 
 
 def require_held_out(data: Data, eval_strategy: str) -> None:

@@ -90,7 +90,7 @@ def show_samples(settings: Settings, trainer, chat_format, data: Data) -> None:
     """Print replies to a few held-out questions, and the command to chat."""
     if not trainer.is_world_process_zero():
         return
-    records = (data.held_out_records or data.read.records)[: settings.run.num_sample_replies]
+    records = data.sample_records[: settings.run.num_sample_replies]
     model = trainer.model.eval()
     for record in records:
         messages = [m for m in record.messages if m["role"] == "system"][:1]

@@ -122,7 +122,7 @@ def parse_json(text: str) -> object:
         RowError: it cannot be parsed.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return STRICT_JSON.decode(text)
     except json.JSONDecodeError as error:
         raise RowError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:
@@ -140,6 +140,9 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
         twice = next(name for name in row if names.count(name) > 1)
         raise RowError(f"the name {one_line(twice, 40)!r} is given twice")
     return row
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -171,7 +174,6 @@ class JsonList:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self.strict = json.JSONDecoder(object_pairs_hook=_object)
         self.buffer, self.place, self.at_end = "", 0, False
 
     def __iter__(self) -> Iterator[Row]:
@@ -207,7 +209,7 @@ class JsonList:
 
     def _decode(self) -> tuple[object, int]:
         try:
-            return self.strict.raw_decode(self.buffer, self.place)
+            return STRICT_JSON.raw_decode(self.buffer, self.place)
         except RowError as reason:  # a name given twice: the element can be passed over
             return reason, json.JSONDecoder().raw_decode(self.buffer, self.place)[1]
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import UserError
-from tinyllm.formats import RowError, conversation_of
+from tinyllm.formats import RowError, RowRules, conversation_of, unused_columns
+from tinyllm.ledger import FileLedger
+from tinyllm.printable import one_line
+from tinyllm.readers import SUFFIXES, kind_of, read_rows
 
-SUFFIXES = (".jsonl", ".json")
 SHOWN_BAD_ROWS = 10
+MAX_WEIGHT = 100
 
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation and its origin; ``line`` counts from 1 (for .json: the element's number)."""
+    """A conversation and its origin; ``line`` counts from 1 (.json, .parquet: the row's number)."""
 
     messages: list[dict]
     file: str
@@ -27,137 +30,116 @@ class Record:
         return f"{self.file}:{self.line}"
 
 
-@dataclass
-class FileCount:
-    """What became of the rows of one file."""
+@dataclass(frozen=True)
+class Source:
+    """A data file, and how often an epoch sees its rows: 2 is twice, 0.5 a half of them."""
 
-    file: str
-    num_read: int = 0
-    num_kept: int = 0
-    refused: list[tuple[int, str]] = field(default_factory=list)
+    path: Path
+    weight: float = 1.0
 
 
-@dataclass
-class Records:
-    """All records of some files, and what became of every row."""
-
-    records: list[Record]
-    files: list[FileCount]
-
-    @property
-    def refused(self) -> list[str]:
-        return [f"{f.file}:{line}: {why}" for f in self.files for line, why in f.refused]
-
-
-def read_records(paths: list[str], bad_rows: str = "error") -> Records:
-    """Read every row of the given files and folders.
-
-    Args:
-        paths: files, or folders (every data file in them, in the order of their names).
-        bad_rows: ``error`` stops at rows that cannot be used, ``skip`` counts and lists them.
+def split_weight(text: str) -> tuple[str, float]:
+    """``"a.jsonl:2"`` → ``("a.jsonl", 2.0)``; without a number behind a colon the weight is 1.
 
     Raises:
-        UserError: a missing, empty or undecodable file; a bad row under ``error``.
+        UserError: a weight that is no share and no multiple.
     """
-    result = Records([], [])
-    for path in _data_files(paths):
-        count = FileCount(str(path))
-        result.files.append(count)
-        for line, row in _rows(path):
-            count.num_read += 1
-            try:
-                result.records.append(Record(_conversation(row), str(path), line))
-                count.num_kept += 1
-            except RowError as error:
-                count.refused.append((line, str(error)))
-        if not count.num_read:
-            raise UserError(f"{path}: the file has no rows")
-    if result.refused and bad_rows == "error":
-        raise UserError(_bad_rows_message(result.refused))
-    if not result.records:
-        raise UserError(f"{', '.join(paths)}: no row can be used; first: {result.refused[0]}")
-    return result
-
-
-def _bad_rows_message(refused: list[str]) -> str:
-    shown = "\n  ".join(refused[:SHOWN_BAD_ROWS])
-    more = len(refused) - SHOWN_BAD_ROWS
-    rest = f"\n  ... and {more} more" if more > 0 else ""
-    rows = "row" if len(refused) == 1 else "rows"
-    return f"{len(refused)} {rows} cannot be used (mend them, or --bad_rows skip):\n  {shown}{rest}"
-
-
-def _data_files(paths: list[str]) -> list[Path]:
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-            if not inside:
-                raise UserError(f"{path}: the folder holds no {' or '.join(SUFFIXES)} file")
-            files += inside
-        elif not path.exists():
-            raise UserError(f"{path}: no such data file or folder")
-        elif path.suffix not in SUFFIXES:
-            raise UserError(f"{path}: cannot read {path.suffix or 'a file without ending'} files; "
-                            f"expected {' or '.join(SUFFIXES)}")  # fmt: skip
-        else:
-            files.append(path)
-    return files
-
-
-def _rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield ``(line, row)``; a row that is not JSON is yielded as the RowError that says why."""
+    path, colon, number = text.rpartition(":")
     try:
-        if path.suffix == ".json":
-            yield from _json_elements(path)
-        else:
-            with path.open("rb") as lines:
-                yield from _json_lines(path, lines)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not colon or not path or Path(text).exists():
+        return text, 1.0
+    if not math.isfinite(weight) or not 0 < weight <= MAX_WEIGHT:
+        raise UserError(f"--dataset {text}: the weight must be above 0 and at most {MAX_WEIGHT}")
+    return path, weight
 
 
-def _json_lines(path: Path, lines) -> Iterator[tuple[int, object]]:
-    for number, raw in enumerate(lines, 1):
-        text = _decode(path, number, raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-        if text.strip():
-            yield number, _parse(text)
+def find_sources(paths: list[str]) -> tuple[list[Source], list[str]]:
+    """Find the data files behind paths with weights.
+
+    Returns:
+        The files, folders replaced by the data files in them in the order of their names; and the
+        names of what else lies in those folders.
+
+    Raises:
+        UserError: a path is missing or holds no data.
+    """
+    sources: list[Source] = []
+    others: list[str] = []
+    for text in paths:
+        name, weight = split_weight(text)
+        try:
+            files, beside = _data_files(Path(name))
+        except OSError as error:
+            raise UserError(f"{one_line(name)}: {error.strerror or error}") from error
+        sources += [Source(file, weight) for file in files]
+        others += beside
+    return sources, others
 
 
-def _json_elements(path: Path) -> Iterator[tuple[int, object]]:
-    text = _decode(path, None, path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-    if not text.strip():
-        return
-    content = _parse(text)
-    if isinstance(content, RowError):
-        raise UserError(f"{path}: {content}")
-    if not isinstance(content, list):
-        raise UserError(f"{path}: expected a list of rows; a file of single rows is .jsonl")
-    yield from enumerate(content, 1)
+def _data_files(path: Path) -> tuple[list[Path], list[str]]:
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{one_line(path)}: no such data file or folder")
+        if not path.is_file():
+            raise UserError(
+                f"{one_line(path)}: no regular file; rows are read twice, so save them first"
+            )
+        kind_of(path)
+        return [path], []
+    inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    files = [p for p in inside if _is_data(p)]
+    if not files:
+        raise UserError(f"{one_line(path)}: the folder holds no {', '.join(SUFFIXES)} file")
+    return files, [one_line(p) for p in inside if not _is_data(p)]
 
 
-def _decode(path: Path, number: int | None, raw: bytes) -> str:
+def _is_data(path: Path) -> bool:
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = f"{path}:{number}" if number else str(path)
-        raise UserError(
-            f"{where}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8"
-        ) from error
+        kind_of(path)
+    except UserError:
+        return False
+    return path.is_file()
 
 
-def _parse(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        return RowError(f"not JSON: {error.msg} at character {error.pos + 1}")
-    except RecursionError:
-        return RowError("not JSON that can be read: nested too deeply")
-    except ValueError as error:  # e.g. an integer of more than 4,300 digits
-        return RowError(f"not JSON that can be read: {error}")
+def read_records(path: Path, rules: RowRules, ledger: FileLedger) -> Iterator[Record]:
+    """Yield the usable rows of a file; the ledger counts every row and lists the refused ones.
+
+    Raises:
+        UserError: the file cannot be read, or has no rows.
+    """
+    mapped = frozenset(rules.columns.values())
+    for line, row in read_rows(path):
+        ledger.num_read += 1
+        if isinstance(row, dict):
+            ledger.note_columns(unused_columns(row, mapped), mapped & row.keys())
+        try:
+            yield Record(_conversation(row, rules), ledger.file, line)
+        except RowError as error:
+            ledger.refused.append((line, str(error)))
+    if not ledger.num_read:
+        raise UserError(f"{ledger.file}: the file has no rows")
 
 
-def _conversation(row: object) -> list[dict]:
+def _conversation(row: object, rules: RowRules) -> list[dict]:
     if isinstance(row, RowError):
         raise row
-    return conversation_of(row)
+    try:
+        return conversation_of(row, rules)
+    except RecursionError:
+        raise RowError("nested too deeply") from None
+
+
+def bad_rows_message(files: list[FileLedger], more: str = "") -> str:
+    """Say which rows were refused: how many, and the first ten of them."""
+    refused = [f"{file.file}:{line}: {why}" for file in files for line, why in file.refused]
+    shown = "\n  ".join(refused[:SHOWN_BAD_ROWS])
+    rest = len(refused) - SHOWN_BAD_ROWS
+    rest_line = f"\n  ... and {rest:,} more" if rest > 0 else ""
+    rows = "row" if len(refused) == 1 else "rows"
+    return (
+        f"{len(refused):,} {rows} cannot be used{more} (mend them, or --bad_rows skip):\n"
+        f"  {shown}{rest_line}"
+    )

@@ -17,6 +17,7 @@ from tinyllm.errors import UserError
 
 RUN_FILE = "run.json"
 LOG_FILE = "training_log.jsonl"
+DATA_REPORT = "data_report.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 RESULT_FILES = (
@@ -30,7 +31,7 @@ MODEL_CARD = "README.md"
 FULL_MODEL = "pytorch_model.bin"
 
 # What a LoRA run with a held-out set leaves beside its checkpoint-N folders.
-FINAL_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, MODEL_CARD, RUN_FILE)
+FINAL_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, DATA_REPORT, MODEL_CARD, RUN_FILE)
 
 
 @dataclass(frozen=True)

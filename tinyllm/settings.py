@@ -13,10 +13,12 @@ from transformers import TrainingArguments
 
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT
 from tinyllm.errors import UserError
+from tinyllm.formats import KNOWN_COLUMNS
 
 EMBEDDED_BASE = "outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model"
 DEFAULT_RUN = "outputs/ckpt/sft_lora_tiny_llm_16m_epoch3"
 USUAL_MAX_LENGTH = 512
+MAX_SAMPLE_REPLIES = 50
 DEFAULT_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -90,7 +92,9 @@ class DataSettings:
 
     dataset: list[str] = setting(
         ["data/sft_train"],
-        "Training rows: files or folders of .jsonl / .json, comma or space separated.",
+        "Training rows: files or folders of .jsonl, .json, .csv, .tsv or .parquet (the texts also as "
+        ".gz, .bz2, .xz), comma or space separated. A number behind a colon is a weight: a.jsonl:2 "
+        "is seen twice in an epoch, b.jsonl:0.5 by half.",
     )
     eval_dataset: list[str] = setting(
         ["auto"],
@@ -108,6 +112,21 @@ class DataSettings:
         f"Longest example in tokens; 0 for {USUAL_MAX_LENGTH}, or the base's limit if that is less.",
     )
     bad_rows: str = setting("error", "What to do with a row that cannot be used: error or skip.")
+    columns: list[str] = setting(
+        [],
+        "Names of columns that are not ours, as ours=theirs, comma or space separated: "
+        "question=prompt_text,answer=reply.",
+    )
+    train_on: str = setting(
+        "all",
+        "Which assistant turns are learned: all, or only the last. A message with 'train': false "
+        "(or 'weight': 0) is left out in any case.",
+    )
+    data_cache: str = setting(
+        "outputs/cache",
+        "Folder that keeps large data encoded for the next start (it may be deleted at any time); "
+        "none keeps nothing.",
+    )
     overlong: str = setting(
         "error",
         "What to do with an example over max_length: error, drop, or shorten (oldest whole turns "
@@ -115,10 +134,11 @@ class DataSettings:
     )
 
     def __post_init__(self) -> None:
-        self.dataset = [p.strip() for part in self.dataset for p in part.split(",") if p.strip()]
-        self.eval_dataset = [
-            p.strip() for part in self.eval_dataset for p in part.split(",") if p.strip()
-        ]
+        self.dataset = _split_at_commas(self.dataset)
+        self.eval_dataset = _split_at_commas(self.eval_dataset)
+        self.columns = _split_at_commas(self.columns)
+        for pair in self.columns:
+            _check_column(pair)
         if not self.dataset:
             raise UserError("--dataset is empty: give at least one file or folder")
         if self.bad_rows not in ("error", "skip"):
@@ -129,6 +149,35 @@ class DataSettings:
             raise UserError(f"--eval_share {self.eval_share}: must lie between 0 and 1")
         if self.max_length < 0:
             raise UserError(f"--max_length {self.max_length}: must be 0 or more")
+        if self.train_on not in ("all", "last"):
+            raise UserError(f"--train_on {self.train_on}: expected all or last")
+        if not _is_text(self.system_prompt):
+            raise UserError("--system_prompt is not UTF-8 text")
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """Our name of a column → its name in the files."""
+        return dict(tuple(pair.split("=", 1)) for pair in self.columns)
+
+
+def _split_at_commas(words: list[str]) -> list[str]:
+    return [part.strip() for word in words for part in word.split(",") if part.strip()]
+
+
+def _check_column(pair: str) -> None:
+    ours, equals, theirs = pair.partition("=")
+    if not equals or not theirs:
+        raise UserError(f"--columns {pair}: expected ours=theirs, as in question=prompt_text")
+    if ours not in KNOWN_COLUMNS:
+        raise UserError(
+            f"--columns {pair}: {ours!r} is no column of ours; expected one of "
+            f"{', '.join(sorted(KNOWN_COLUMNS))}"
+        )
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be encoded: bytes on a command line that are no text become half characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass
@@ -142,6 +191,17 @@ class RunSettings:
         False, "Also write pytorch_model.bin: the whole model with the adapter merged into it."
     )
     num_sample_replies: int = setting(3, "Replies shown at the end, to held-out questions.")
+    preview: int = setting(
+        0, "Show this many decoded examples, with what is learned marked, and train nothing."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_sample_replies <= MAX_SAMPLE_REPLIES:
+            raise UserError(
+                f"--num_sample_replies {self.num_sample_replies}: expected 0 to {MAX_SAMPLE_REPLIES}"
+            )
+        if self.preview < 0:
+            raise UserError(f"--preview {self.preview}: must be 0 or more")
 
 
 @dataclass

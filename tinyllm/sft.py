@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -16,6 +15,7 @@ from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.finish import finish, show_samples
 from tinyllm.lora import add_lora, count_parameters
+from tinyllm.preview import marks_for, preview
 from tinyllm.progress import LogFile, Progress, StopOnBrokenLoss
 from tinyllm.run import Run, open_run
 from tinyllm.run_folder import LOG_FILE
@@ -24,7 +24,7 @@ from tinyllm.trainer import SftTrainer
 
 __all__ = [
     "build_trainer", "finish", "load_examples", "load_model", "open_run", "prepare_model",
-    "print_plan", "say_once", "show_samples", "train",
+    "print_plan", "say_once", "show_preview", "show_samples", "train",
 ]  # fmt: skip
 
 
@@ -70,10 +70,20 @@ def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
             f"--max_length {max_length}: this base was made for at most {limit} tokens; "
             f"use --max_length {limit}"
         )
-    data = data_stage.load_data(settings.data, chat_format, max_length, settings.training.seed)
+    args = settings.training
+    shows = not args.disable_tqdm and int(os.environ.get("RANK", "0")) == 0
+    # one process prepares and fills the cache, the others find it there
+    with args.main_process_first(desc="data"):
+        data = data_stage.load_data(settings.data, chat_format, max_length, args.seed, shows)
     data_stage.require_held_out(data, settings.training.eval_strategy)
     say("data:\n" + data_stage.describe(data))
     return data, max_length
+
+
+def show_preview(settings: Settings, tokenizer, data: Data) -> None:
+    """Print decoded training examples with what is learned marked."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(preview(data.train, tokenizer, settings.run.preview, marks_for(sys.stdout)))
 
 
 def prepare_model(settings: Settings, model):
@@ -129,7 +139,7 @@ def train(trainer: SftTrainer, run: Run) -> dict:
             "factor, or lower --max_length"
         ) from error
     trainer.save_metrics("train", output.metrics)
-    after = trainer.evaluate() if has_held_out else {}
+    after = last_evaluation(trainer) if has_held_out else {}
     if after:
         trainer.save_metrics("eval", after)
     trainer.save_state()
@@ -143,6 +153,10 @@ def train(trainer: SftTrainer, run: Run) -> dict:
     }
 
 
-def repository_path(name: str) -> Path:
-    """A file of this repository, wherever the user stands."""
-    return Path(__file__).resolve().parent.parent / name
+def last_evaluation(trainer: SftTrainer) -> dict:
+    """The evaluation of the final weights: the one after the last step, or a new one."""
+    state = trainer.state
+    for entry in reversed(state.log_history):
+        if entry["step"] == state.global_step and "eval_loss" in entry:
+            return {name: value for name, value in entry.items() if name != "step"}
+    return trainer.evaluate()

@@ -80,9 +80,7 @@ def _row_of_cells(header: list[str], cells: list[str]) -> object:
         return RowError(f"{len(cells)} cells, but the header has {len(header)} names")
     if any(_not_utf8(cell) for cell in cells):
         return RowError("not UTF-8; save the file as 'CSV UTF-8'")
-    row: dict[str, object] = {
-        name: cell for name, cell in zip(header, cells, strict=True) if name and cell
-    }
+    row: dict[str, object] = {name: cell for name, cell in zip(header, cells, strict=True) if name}
     try:
         for name in LIST_COLUMNS & row.keys():
             if str(row[name]).lstrip().startswith("["):
@@ -119,28 +117,15 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 def _rows_of_batch(batch) -> list[object]:
     try:
-        return [_without_nulls(row) for row in batch.to_pylist()]
+        return batch.to_pylist()
     except (UnicodeDecodeError, ValueError):
         return [_row_of_record(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
 def _row_of_record(record) -> object:
     try:
-        return _without_nulls(record.to_pylist()[0])
+        return record.to_pylist()[0]
     except UnicodeDecodeError:
         return RowError("not UTF-8")
     except ValueError as error:  # e.g. a date out of Python's range
         return RowError(f"cannot be read: {one_line(error, 100)}")
-
-
-def _without_nulls(row: dict) -> dict:
-    """A table fills what a row does not have with nulls, inside its lists too."""
-    kept = {name: value for name, value in row.items() if value is not None}
-    for name in LIST_COLUMNS & kept.keys():
-        items = kept[name]
-        if isinstance(items, list):
-            kept[name] = [
-                {k: v for k, v in item.items() if v is not None} if isinstance(item, dict) else item
-                for item in items
-            ]
-    return kept

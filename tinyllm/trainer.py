@@ -54,14 +54,22 @@ class SftTrainer(Trainer):
         num_supervised = self._sum_over_ranks(len(targets(batch)[0]))
         total, micro_batches = 0.0, list(split(batch, self.tokens_per_micro_batch))
         for number, micro_batch in enumerate(micro_batches, 1):
-            wait = number < len(micro_batches)
-            with self.accelerator.no_sync(model) if wait else contextlib.nullcontext():
+            with self._synchronised(model, last=number == len(micro_batches)):
                 loss = self.sum_of_losses(model, micro_batch) / num_supervised
                 # ranks' gradients are averaged, so that the sum over ranks needs this factor
                 loss = loss * self.accelerator.num_processes
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss, **self._backward_options())
             total = total + loss.detach()
         return total
+
+    def _synchronised(self, model, last: bool) -> contextlib.AbstractContextManager:
+        """Exchange gradients (and, with DeepSpeed, step) only after the last micro-batch."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+
+    def _backward_options(self) -> dict:
+        """DeepSpeed must not divide by the accumulation steps: the loss is normalised already."""
+        return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
 
     def sum_of_losses(self, model, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropy over the supervised tokens of a batch, () float32.

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import UserError
-from tinyllm.pretrain.extract import EXTRACTORS, Document, own_documents
+from tinyllm.pretrain.extract import EXTRACTORS, Document, chat_documents, own_documents
 from tinyllm.pretrain.sources import SOURCES
 
 log = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
             "train_characters": sum(len(d["text"]) for d in source_train),
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
+    train += add_chats(train, table)
     if not train:
         raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +180,16 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
     counts_path.write_text(json.dumps(counts, indent=1, ensure_ascii=False), encoding="utf-8")
     log.info("corpus %s:\n%s", digest, format_counts(table))
     return counts
+
+
+def add_chats(train: list[Document], table: dict[str, dict[str, int]]) -> list[Document]:
+    """Our training question-and-answer text once more in the chat format, counted in the table."""
+    chats = chat_documents([doc for doc in train if doc["source"] == "own"])
+    table["chat"] = dict.fromkeys(table["own"], 0) | {
+        "read": len(chats), "train": len(chats),
+        "train_characters": sum(len(doc["text"]) for doc in chats),
+    }  # fmt: skip
+    return chats
 
 
 def format_counts(table: dict[str, dict[str, int]]) -> str:

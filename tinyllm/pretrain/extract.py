@@ -18,9 +18,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tinyllm.chat_format import render_family
+
 Document = dict[str, str]
 
 MAX_POEMS = 6000
+END = "<|endoftext|>"  # the tokenizer's end token, see vocabulary.py
 # Frequent characters that occur in traditional script only: one is enough to tell a poem.
 TRADITIONAL = set("國來時無見風門東車馬長與為說話學愛親應書萬歲鄉聲處開間還過這個們會對後從當將")
 BLOCK_TAG = re.compile(r"</?(?:h[1-6]|p|div|li|tr|td|th|br|pre|ul|ol|table|dt|dd)\b[^>]*>", re.I)
@@ -192,3 +195,47 @@ def own_documents(folder: Path) -> list[Document]:
 def text_id(text: str) -> str:
     """A short stable name for a text without one."""
     return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+
+
+SYSTEM_PROMPT = (
+    "你是一个友好的助手。"  # says nothing of whose assistant it is: that is for adapters
+)
+
+
+def chat_documents(documents: list[Document]) -> list[Document]:
+    """Our question-and-answer text again, in the chat format, so that the base knows its markers.
+
+    A document of `问：` and `答：` lines becomes one conversation, and each of its pairs that can
+    stand alone a conversation of its own; every second one opens with a system turn.
+    """
+    chats: list[Document] = []
+    for doc in documents:
+        pairs = question_answer_pairs(doc["text"])
+        alone = [[pair] for pair in pairs if not pair[0].startswith(("那", "还", "它", "他", "她"))]
+        for number, conversation in enumerate([pairs, *alone] if pairs else []):
+            identity = f"{doc['id']}/{number}"
+            chats.append(document("chat", identity, render_chat(conversation, len(chats) % 2 == 1)))
+    return chats
+
+
+def question_answer_pairs(text: str) -> list[tuple[str, str]]:
+    """The pairs of a document that is nothing but alternating `问：` and `答：` lines, else none."""
+    lines = text.splitlines()
+    if len(lines) % 2 or any(
+        not line.startswith("问：" if number % 2 == 0 else "答：")
+        for number, line in enumerate(lines)
+    ):
+        return []
+    plain = [line[2:].strip() for line in lines]
+    return list(zip(plain[::2], plain[1::2], strict=True))
+
+
+def render_chat(pairs: list[tuple[str, str]], with_system: bool) -> str:
+    """A conversation as the chat format writes it, without the end token that closes it."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}] if with_system else []
+    for question, answer in pairs:
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    return render_family(messages, END).removesuffix(END)

