@@ -16,7 +16,9 @@ from tinyllm.errors import UserError, run_program
 def main(argv: list[str] | None = None) -> int:
     """Load base and adapter, then chat on stdin and stdout."""
     args = parse_args(argv)
-    import_quietly()
+    from tinyllm.quiet import quiet_libraries
+
+    quiet_libraries()
     from tinyllm.chat import Chat
     from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, chat_format_of
 
@@ -66,14 +68,6 @@ def sampling_options(args: argparse.Namespace) -> dict:
     if args.greedy:
         return given | {"do_sample": False}
     return given | ({"do_sample": True} if given.keys() & {"temperature", "top_p", "top_k"} else {})
-
-
-def import_quietly() -> None:
-    """Import transformers without its start-up remarks."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

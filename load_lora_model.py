@@ -81,6 +81,9 @@ def load_lora_model_without_merge(
 def main(argv: list[str] | None = None) -> int:
     """Describe an adapter; with ``--output_dir`` merge it."""
     args = parse_args(argv)
+    from tinyllm.quiet import quiet_libraries
+
+    quiet_libraries()
     from tinyllm.adapter import read_adapter
 
     adapter = read_adapter(args.lora_model)

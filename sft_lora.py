@@ -17,10 +17,12 @@ from tinyllm.errors import run_program
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
-    from tinyllm import sft
-    from tinyllm.command_line import parse_settings, quiet_libraries
+    from tinyllm.quiet import quiet_libraries
 
     quiet_libraries()
+    from tinyllm import sft
+    from tinyllm.command_line import parse_settings
+
     # 1. settings: default < YAML < command line
     settings, notes = parse_settings(sys.argv[1:] if argv is None else argv)
     sft.say_once(notes)

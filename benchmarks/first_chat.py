@@ -79,10 +79,9 @@ def main() -> int:
     parser.add_argument("--lora_model", help="without it the base alone is asked")
     parser.add_argument("--transcript", help="write questions and replies to this .jsonl file")
     args = parser.parse_args()
-    from transformers.utils import logging
+    from tinyllm.quiet import quiet_libraries
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     if args.lora_model:
         from load_lora_model import load_lora_model
 

@@ -34,6 +34,7 @@ launch_on_cpu() {
     WHY="no GPU found, so one process on the CPU, without DeepSpeed"
     LAUNCH=("$PYTHON")
     LAUNCH_ARGS=(--use_cpu True)
+    export DS_ACCELERATOR=cpu # DeepSpeed is not used, but some libraries look at it
 }
 
 launch_on_gpus() {

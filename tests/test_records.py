@@ -200,6 +200,13 @@ def test_a_long_json_list_is_read_in_pieces(tmp_path):
     assert [row for _, row in read_rows(path)] == rows
 
 
+def test_a_number_is_not_cut_at_the_end_of_a_piece(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([123456789] * 200_000))
+    assert path.stat().st_size > 2 * CHUNK_BYTES
+    assert {row for _, row in read_rows(path)} == {123456789}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -163,9 +163,9 @@ def test_gpus_are_launched_with_accelerate_and_deepspeed(clone, tmp_path):
         """
 case "$*" in
   *requirements_met* | *version_info*) exit 0;;
-  -) exec """
+  -) exec '"""
         + sys.executable
-        + """ -;;
+        + """' -;;
 esac
 echo "started: $*"
 exit 0"""

@@ -7,7 +7,6 @@ unknown names are treated alike and ``2e-4`` in a YAML file is the number it loo
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 import yaml
@@ -169,9 +168,3 @@ def _refuse_unknown(words: list[str], parser: HfArgumentParser) -> None:
 
 def _alias_options() -> list[str]:
     return [f"--{name}" for name in (*SAME_SETTING, *OLD_NAMES)]
-
-
-def quiet_libraries() -> None:
-    """Keep libraries from phoning home or talking over our output; the user's own choice wins."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -6,7 +6,6 @@ import os
 import sys
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from tinyllm import data as data_stage
 from tinyllm.base import context_length, load_base, pick_dtype
@@ -42,8 +41,6 @@ def say_once(notes: list[str]) -> None:
 
 def load_model(settings: Settings):
     """Load the base: ``(model, tokenizer, chat_format)``."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     base, device = settings.base, settings.training.device
     attention = None if base.attn_implementation == "auto" else base.attn_implementation
     dtype = pick_dtype(base.torch_dtype, device)
