@@ -33,12 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     if settings.run.preview:
         sft.show_preview(settings, tokenizer, data)
         return 0
-    # 4. what this run is, and what the run folder already holds
+    # 4. LoRA around the base
+    model = sft.prepare_model(settings, model)
+    # 5. what this run is, and what the run folder already holds
     run = sft.open_run(settings, tokenizer, data)
     if run.already_finished:
         return 0
-    # 5. LoRA around the base
-    model = sft.prepare_model(settings, model)
     # 6. train, evaluating on the held-out rows
     trainer = sft.build_trainer(settings, model, tokenizer, data, max_length)
     sft.print_plan(settings, trainer, data)

@@ -121,3 +121,12 @@ def test_full_model_only_when_asked(base_folder, data_file, tmp_path):
         (tmp_path / "run" / name).unlink()
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert torch.allclose(alone.lm_head.weight, own["lm_head.weight"])
+
+
+def test_a_mistake_found_late_leaves_no_folder(base_folder, data_file, tmp_path):
+    words = train_arguments(
+        base_folder, data_file, tmp_path / "run", "--lora_target_modules", "foo"
+    )
+    with pytest.raises(UserError, match="it has down_proj, gate_proj"):
+        sft_lora.main(words)
+    assert not (tmp_path / "run").exists()
