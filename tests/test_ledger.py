@@ -129,7 +129,9 @@ def test_the_report_is_in_the_run_folder(dirty, base_folder, tmp_path):
 
 
 def test_preview_shows_what_is_learned_and_trains_nothing(base_folder, data_file, tmp_path, capsys):
-    words = train_arguments(base_folder, data_file, tmp_path / "run", "--preview", "2")
+    words = train_arguments(
+        base_folder, data_file, tmp_path / "run", "--preview", "2", "--eval_dataset", "none"
+    )
     assert sft_lora.main(words) == 0
     shown = capsys.readouterr()
     assert shown.out.count("--- example") == 2 and "data:" in shown.err

@@ -52,11 +52,6 @@ class Data:
     origin: str = ""
 
     @property
-    def held_out_records(self) -> list[Record]:
-        """Records to ask the finished model about."""
-        return self.sample_records
-
-    @property
     def summary(self) -> dict:
         """The counts that go into ``run.json``."""
         ledger, train = self.ledger, self.ledger.train

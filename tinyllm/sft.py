@@ -72,7 +72,8 @@ def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
     # one process prepares and fills the cache, the others find it there
     with args.main_process_first(desc="data"):
         data = data_stage.load_data(settings.data, chat_format, max_length, args.seed, shows)
-    data_stage.require_held_out(data, settings.training.eval_strategy)
+    if not settings.run.preview:
+        data_stage.require_held_out(data, settings.training.eval_strategy)
     say("data:\n" + data_stage.describe(data))
     return data, max_length
 
