@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,12 +25,13 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from tinyllm.base import load_base, read_json
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, FamilyFormat
 from tinyllm.errors import UserError, run_program
 from tinyllm.family import MODEL_KEY
+from tinyllm.quiet import quiet_libraries
+from tinyllm.whole_folder import whole_folder
 
 KEPT_SETTINGS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -72,17 +72,10 @@ def convert(source: str | Path, target: str | Path) -> float:
                 f"{source}: a {model_type} model, not a tiny-llm-zh one; use it as it is"
             )
     model, tokenizer = load_base(source, dtype="auto")
-    scratch = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        scratch.mkdir(parents=True)
+    with whole_folder(target) as scratch:
         write_model(model, scratch)
         write_tokenizer(tokenizer, source, scratch)
         difference = compare(model, tokenizer, scratch)
-        scratch.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return difference
 
 
@@ -189,8 +182,7 @@ def main() -> int:
     parser.add_argument("source", help="the tiny-llm-zh folder, with its tokenizer")
     parser.add_argument("target", help="a folder that does not exist yet")
     args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     difference = convert(args.source, args.target)
     print(f"written to {args.target}: same ids, logits within {difference:.1e}")
     return 0

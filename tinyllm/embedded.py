@@ -5,12 +5,12 @@ python -m tinyllm.embedded outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from tinyllm.errors import UserError, run_program
+from tinyllm.whole_folder import whole_folder
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "models" / "ptm_tiny_llm_16m_epoch1"
 
@@ -28,15 +28,8 @@ def materialise(target: Path, source: Path = EMBEDDED) -> bool:
         return False
     if not (source / "config.json").is_file():
         raise UserError(f"{source}: the embedded base is missing; clone the repository again")
-    scratch = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, scratch)
-        scratch.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(target) as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
     return True
 
 

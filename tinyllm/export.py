@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
-from tinyllm.errors import UserError
+from tinyllm.whole_folder import whole_folder
 
 
 def save_merged(model, tokenizer, target: Path) -> None:
@@ -15,15 +13,6 @@ def save_merged(model, tokenizer, target: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    scratch = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    try:
-        scratch.mkdir(parents=True)
+    with whole_folder(target) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        if target.is_dir():
-            target.rmdir()
-        scratch.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
