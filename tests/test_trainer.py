@@ -122,7 +122,10 @@ def test_accumulation_changes_nothing(base_folder, data_file, tmp_path):
     assert_same(whole, parts)
 
 
-@pytest.mark.parametrize("words", [("--fast_lora", "False"), ("--attn_implementation", "eager")])
+@pytest.mark.parametrize(
+    "words",
+    [("--fast_lora", "False"), ("--attn_implementation", "eager"), ("--chunked_loss", "False")],
+)
 def test_fast_paths_equal_the_slow_ones(base_folder, data_file, tmp_path, words):
     fast = adapter_after(base_folder, data_file, tmp_path / "a", *NO_NOISE)
     slow = adapter_after(base_folder, data_file, tmp_path / "b", *NO_NOISE, *words)

@@ -12,6 +12,7 @@ case beyond plain LoRA goes to peft's.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
@@ -30,7 +31,9 @@ def dropout_mask(shape: torch.Size, p: float) -> torch.Tensor:
     size = shape.numel()
     draws = torch.empty((size + LANES - 1) // LANES, dtype=torch.int64).random_(-(1 << 63), None)
     threshold = round(p * LANE_VALUES) - LANE_VALUES // 2
-    return draws.view(torch.int16)[:size].ge(threshold).view(torch.uint8).view(shape)
+    # NumPy compares 16-bit integers several times faster than PyTorch does on a CPU
+    kept = draws.view(torch.int16)[:size].numpy() >= threshold
+    return torch.from_numpy(kept.view(np.uint8)).view(shape)
 
 
 class LoraLinear(torch.autograd.Function):

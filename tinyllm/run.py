@@ -20,7 +20,7 @@ WITHOUT_EFFECT = {
     "logging_steps", "logging_strategy", "logging_first_step", "disable_tqdm", "log_level",
     "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy",
     "per_device_eval_batch_size", "num_sample_replies", "save_full_model", "eval_dataset",
-    "eval_share", "base_model_path", "dataset", "data_cache", "preview", "local_rank",
+    "eval_share", "base_model_path", "dataset", "data_cache", "preview", "local_rank", "chunked_loss",
 }  # fmt: skip
 CHECKPOINT_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 

@@ -221,6 +221,9 @@ class SftArguments(TrainingArguments):
     eval_strategy: str = setting("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = setting("epoch", "When to write a checkpoint: no, steps or epoch.")
     save_total_limit: int | None = setting(2, "Checkpoints kept; older ones are deleted.")
+    chunked_loss: bool = setting(
+        True, "Compute the loss under a frozen head a few positions at a time; False all at once."
+    )
     logging_nan_inf_filter: bool = setting(False, "Hide NaN losses from the log (never do).")
 
 

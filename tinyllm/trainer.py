@@ -19,7 +19,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from tinyllm.attention import use_packed_attention
 from tinyllm.batches import Batch, collate, model_inputs, split, targets
 from tinyllm.examples import Examples
+from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
 from tinyllm.settings import SftArguments
+
+# More tokens at once are no faster on a CPU, whose caches they outgrow, and need more memory.
+CPU_TOKENS = 512
 
 
 class SftTrainer(Trainer):
@@ -36,7 +40,13 @@ class SftTrainer(Trainer):
         eval_dataset: Examples | None, tokenizer, max_length: int, callbacks=None,
     ) -> None:  # fmt: skip
         self.tokens_per_micro_batch = args.per_device_train_batch_size * max_length
-        self.packed_attention = use_packed_attention(_causal_model(model))
+        if args.device.type == "cpu":
+            self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, CPU_TOKENS)
+        self.causal_model = _causal_model(model)
+        self.packed_attention = use_packed_attention(self.causal_model)
+        # autocast is a wrapper around the whole forward, which this path goes past
+        plain = has_plain_frozen_head(self.causal_model) and not (args.bf16 or args.fp16)
+        self.chunked_loss = args.chunked_loss and plain
         super().__init__(
             model=model,
             args=whole_steps(args),
@@ -75,10 +85,13 @@ class SftTrainer(Trainer):
         """Sum of the cross-entropy over the supervised tokens of a batch, () float32.
 
         The head runs only where there is something to learn: ``(num_supervised, vocabulary)``
-        instead of ``(N, vocabulary)`` logits.
+        instead of ``(N, vocabulary)`` logits, and where it is frozen and the model is not wrapped
+        (DDP and DeepSpeed must see the whole forward) only a few positions at a time.
         """
         positions, ids = targets(batch)
         inputs = model_inputs(batch, self.packed_attention)
+        if self.chunked_loss and model is self.model:
+            return frozen_head_loss(self.causal_model, inputs, positions, ids)
         logits = model(**inputs, logits_to_keep=positions).logits[0]
         return F.cross_entropy(logits.float(), ids, reduction="sum")
 

@@ -1,0 +1,75 @@
+"""Cross-entropy under a frozen head without ever holding all logits.
+
+The logits of a micro-batch are its largest tensor: 512 positions over 65,000 words are 133 MB, and
+PyTorch's cross-entropy holds them three times over.  The head is frozen, so all that the backward
+pass needs is the gradient of the hidden states, which is computed here along with the loss, a few
+positions at a time, in one buffer that stays in the cache (the idea of Hsu et al. 2024, Liger Kernel,
+arXiv:2410.10989, section 3.2, for a head without a gradient of its own).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# Their forward is hidden states → lm_head, nothing between and nothing behind (no soft-capping,
+# no scaling), which tests/test_head_loss.py holds against the whole model.
+PLAIN_HEADS = ("llama", "qwen2", "qwen3", "mistral", "tinyllm")
+# Logits at a time: 8 MB in float32 stay in a CPU's cache, a GPU wants large products.
+CHUNK_ELEMENTS = {"cpu": 1 << 21}
+LARGE_CHUNK_ELEMENTS = 1 << 26
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """``sum_i -log softmax(hidden_i Wᵀ)[ids_i]`` with a frozen ``W``."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids):
+        """``hidden`` (n, hidden_size), ``weight`` (V, hidden_size), ``ids`` (n,) → () float32."""
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(1, CHUNK_ELEMENTS.get(hidden.device.type, LARGE_CHUNK_ELEMENTS) // len(weight))
+        for start in range(0, len(ids), size):
+            here = slice(start, start + size)
+            logits = (hidden[here] @ weight.t()).float()  # (size, V)
+            logits.sub_(logits.amax(-1, keepdim=True))
+            wanted = logits.gather(-1, ids[here, None])
+            total = logits.exp_().sum(-1, keepdim=True)
+            loss += (total.log() - wanted).sum()
+            if gradient is not None:  # softmax(logits) W - W[ids]
+                mean = (logits.to(weight.dtype) @ weight).float().div_(total)
+                gradient[here] = mean.sub_(weight[ids[here]])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None
+
+
+def has_plain_frozen_head(model) -> bool:
+    """Whether a causal model's loss can be computed by :func:`frozen_head_loss`."""
+    head = model.get_output_embeddings()
+    return (
+        model.config.model_type in PLAIN_HEADS
+        and type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.requires_grad
+    )
+
+
+def frozen_head_loss(
+    model, inputs: dict, positions: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross-entropy at some positions of one packed row, () float32.
+
+    Args:
+        model: a causal model for which :func:`has_plain_frozen_head` holds.
+        inputs: keyword arguments of its decoder, ids of shape ``(1, N)``.
+        positions: where something is predicted, ``(n,)``.
+        ids: what is predicted there, ``(n,)``.
+    """
+    hidden = model.base_model(**inputs).last_hidden_state[0]
+    return FrozenHeadLoss.apply(hidden[positions], model.get_output_embeddings().weight, ids)
