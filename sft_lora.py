@@ -36,15 +36,15 @@ def main(argv: list[str] | None = None) -> int:
     # 4. LoRA around the base
     model = sft.prepare_model(settings, model)
     # 5. what this run is, and what the run folder already holds
-    run = sft.open_run(settings, tokenizer, data)
-    if run.already_finished:
-        return 0
-    # 6. train, evaluating on the held-out rows
-    trainer = sft.build_trainer(settings, model, tokenizer, data, max_length)
-    sft.print_plan(settings, trainer, data)
-    results = sft.train(trainer, run)
-    # 7. the run folder: adapter, tokenizer, results, model card
-    sft.finish(settings, trainer, run, data, results)
+    with sft.open_run(settings, tokenizer, data) as run:
+        if run.already_finished:
+            return 0
+        # 6. train, evaluating on the held-out rows
+        trainer = sft.build_trainer(settings, model, tokenizer, data, max_length)
+        sft.print_plan(settings, trainer, data)
+        results = sft.train(trainer, run)
+        # 7. the run folder: adapter, tokenizer, results, model card
+        sft.finish(settings, trainer, run, data, results)
     # 8. what came out
     sft.show_samples(settings, trainer, chat_format, data)
     return 0

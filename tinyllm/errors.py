@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,30 @@ class UserError(ValueError):
     """Something the user can mend; the message says what came, what was expected, what to do."""
 
 
+class AlreadyTold(UserError):
+    """The same end on a process that has nothing to say: another one of the run has said it."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C has ended a run.
+
+    Args:
+        number: the signal.
+        where: how far the run had come, and what is saved.
+    """
+
+    def __init__(self, number: int | None, where: str) -> None:
+        self.number = number or signal.SIGTERM  # None: it came on another process of the run
+        name = signal.Signals(self.number).name
+        comma = ", " if where else ""
+        super().__init__(f"stopped by {name}{comma}{where}; run the same command again to go on")
+
+    @property
+    def exit_code(self) -> int:
+        """What shells and schedulers know: 128 + the signal's number."""
+        return 128 + self.number
+
+
 def run_program(main: Callable[[], int | None]) -> int:
     """Run a program's ``main`` and turn a :class:`UserError` into one line on stderr.
 
@@ -22,9 +47,15 @@ def run_program(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
+    except AlreadyTold:
+        return EXIT_USER_ERROR
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Interrupted as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"\n{stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

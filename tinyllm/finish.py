@@ -27,7 +27,7 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
     """
     lora = settings.lora.use_lora
     if trainer.is_world_process_zero():
-        scratch = run.folder / ".finishing"
+        scratch = run.folder / run_folder.FINISHING
         scratch.mkdir(exist_ok=True)
         write = write_adapter if lora else write_whole_model
         write(trainer.model, scratch)

@@ -9,8 +9,6 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from tinyllm.errors import UserError
-
 
 class Progress(TrainerCallback):
     """A progress bar with loss and learning rate on rank 0."""
@@ -65,16 +63,3 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero and state.log_history:
             with self.path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(state.log_history[-1]) + "\n")
-
-
-class StopOnBrokenLoss(TrainerCallback):
-    """Stops a run whose loss or gradient is no number, instead of training on rubbish."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        for name in ("loss", "grad_norm"):
-            value = float((logs or {}).get(name, 0.0))
-            if value != value or value in (float("inf"), float("-inf")):
-                raise UserError(
-                    f"step {state.global_step}: the {name} is {value}; lower --learning_rate, or "
-                    "look at the rows of the last steps (the last checkpoint is intact)"
-                )

@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.base import read_json
 from tinyllm.errors import UserError
+from tinyllm.lock import LOCK_FILE
 
 RUN_FILE = "run.json"
 LOG_FILE = "training_log.jsonl"
@@ -29,6 +32,9 @@ RESULT_FILES = (
 )
 MODEL_CARD = "README.md"
 FULL_MODEL = "pytorch_model.bin"
+
+FINISHING = ".finishing"  # where the final files are written before they are moved in
+NAMED = 3  # differences that are told in full
 
 # What a LoRA run with a held-out set leaves beside its checkpoint-N folders.
 FINAL_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, DATA_REPORT, MODEL_CARD, RUN_FILE)
@@ -48,10 +54,12 @@ def look(folder: Path) -> Found:
     Raises:
         UserError: there is something in it that no run of ours has left.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return Found("new", {})
     if not folder.is_dir():
         raise UserError(f"--output_dir {folder}: a file of that name is in the way")
+    if all(path.name == LOCK_FILE for path in folder.iterdir()):
+        return Found("new", {})
     if not (folder / RUN_FILE).is_file():
         raise UserError(
             f"--output_dir {folder}: the folder holds other things than a run of ours; "
@@ -62,11 +70,13 @@ def look(folder: Path) -> Found:
 
 
 def difference(before: dict, now: dict) -> str | None:
-    """Name the first setting in which two runs differ, None when they are the same."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            return f"{name} was {_short(before.get(name))}, is now {_short(now.get(name))}"
-    return None
+    """Name the settings in which two runs differ, None when they are the same."""
+    names = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    said = [
+        f"{n} was {_short(before.get(n))}, is now {_short(now.get(n))}" for n in names[:NAMED]
+    ]  # fmt: skip
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return "; ".join(said) + more if names else None
 
 
 def _short(value: object) -> str:
@@ -91,15 +101,29 @@ def create(folder: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    try:
+    with clear_if_unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.write_text("")
         probe.unlink()
+
+
+@contextlib.contextmanager
+def clear_if_unwritable(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the folder."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"--output_dir {folder}: cannot be written: {error.strerror or error}"
         ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove final files that a killed process did not move in."""
+    shutil.rmtree(folder / FINISHING, ignore_errors=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 import torch
 
@@ -12,10 +13,13 @@ from tinyllm.base import context_length, load_base, pick_dtype
 from tinyllm.chat_format import chat_format_of, has_own_template
 from tinyllm.data import Data
 from tinyllm.errors import UserError
+from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
 from tinyllm.lora import add_lora, count_parameters
 from tinyllm.preview import marks_for, preview
-from tinyllm.progress import LogFile, Progress, StopOnBrokenLoss
+from tinyllm.progress import LogFile, Progress
+from tinyllm.resume import loss_before_training
+from tinyllm.row_search import find_rows
 from tinyllm.run import Run, open_run
 from tinyllm.run_folder import LOG_FILE
 from tinyllm.settings import USUAL_MAX_LENGTH, Settings
@@ -100,8 +104,9 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
 
     trainer = SftTrainer(
         model, settings.training, data.train, data.held_out, tokenizer, max_length,
-        callbacks=[LogFile(settings.output_dir / LOG_FILE), StopOnBrokenLoss(), Progress()],
+        callbacks=[LogFile(settings.output_dir / LOG_FILE), Progress()],
     )  # fmt: skip
+    trainer.find_rows = partial(find_rows, settings.data, tokenizer, max_length)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -124,18 +129,19 @@ def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> None:
 
 def train(trainer: SftTrainer, run: Run) -> dict:
     """Train; returns the numbers for ``run.json`` and the model card."""
+    trainer.identity, trainer.stop = run.identity, run.stop
+    with one_line_for_faults(run.folder, trainer.args, run.stop):
+        return _train(trainer, run)
+
+
+def _train(trainer: SftTrainer, run: Run) -> dict:
     has_held_out = trainer.eval_dataset is not None
-    before = None
+    before = loss_before_training(run.folder / LOG_FILE)
     if has_held_out and run.resume_from is None:
         before = trainer.evaluate()["eval_loss"]
         say(f"before training: held-out loss {before:.4f}")
-    try:
+    with run.stop.defer():
         output = trainer.train(resume_from_checkpoint=run.resume_from)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "out of memory: lower MBS (--per_device_train_batch_size) and raise GAS by the same "
-            "factor, or lower --max_length"
-        ) from error
     trainer.save_metrics("train", output.metrics)
     after = last_evaluation(trainer) if has_held_out else {}
     if after:

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from tinyllm.attention import use_packed_attention
 from tinyllm.batches import Batch, collate, model_inputs, split, targets
+from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
+from tinyllm.row_search import ids_of, rows_text
+from tinyllm.saving import SavingTrainer
 from tinyllm.settings import SftArguments
 
 # More tokens at once are no faster on a CPU, whose caches they outgrow, and need more memory.
 CPU_TOKENS = 512
+NO_GRADIENT = (
+    "step 1: every gradient is zero, so nothing would be learned; is a part of the model frozen that "
+    "leads to the adapter, or does gradient checkpointing cut it off (try --gradient_checkpointing "
+    "False)?"
+)
 
 
-class SftTrainer(Trainer):
+class SftTrainer(SavingTrainer):
     """Trains a causal model (with or without LoRA) on ragged batches.
 
     Args:
@@ -56,6 +65,8 @@ class SftTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
+        self.find_rows: Callable[[list[bytes]], list[str]] = lambda ids: []
+        self.last_batch: Batch = {}
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one optimizer step, in micro-batches; returns its loss ()."""
@@ -64,13 +75,47 @@ class SftTrainer(Trainer):
         num_supervised = self._sum_over_ranks(len(targets(batch)[0]))
         total, micro_batches = 0.0, list(split(batch, self.tokens_per_micro_batch))
         for number, micro_batch in enumerate(micro_batches, 1):
+            self.stop_now()
             with self._synchronised(model, last=number == len(micro_batches)):
                 loss = self.sum_of_losses(model, micro_batch) / num_supervised
                 # ranks' gradients are averaged, so that the sum over ranks needs this factor
                 loss = loss * self.accelerator.num_processes
                 self.accelerator.backward(loss, **self._backward_options())
             total = total + loss.detach()
+        self._require_number(total, "loss", batch)
+        self.last_batch = batch
         return total
+
+    def _require_number(self, value, what: str, batch: Batch) -> None:
+        """Stop before the weights take in what is no number, naming the rows that gave it.
+
+        Raises:
+            UserError: on the rank whose rows gave it; on the others an AlreadyTold.
+        """
+        broken = not math.isfinite(float(value))
+        if not self._sum_over_ranks(float(broken)):
+            return
+        if not broken:
+            raise AlreadyTold("the rows of another process gave no number")
+        rows = rows_text(self.find_rows(ids_of(batch)))
+        raise UserError(
+            f"step {self.state.global_step + 1}: the {what} is {float(value)}, from the rows {rows}; "
+            f"lower --learning_rate, or look at these rows ({self._last_good_here()})"
+        )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm; it is looked at before the optimizer takes its step.
+
+        Raises:
+            UserError: it is no number, or it is zero in the very first step.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return norm  # both look for overflows themselves, and pass over such a step
+        self._require_number(norm, "gradient", self.last_batch)
+        if self.state.global_step == 0 and not float(norm):
+            raise UserError(NO_GRADIENT)
+        return norm
 
     def _synchronised(self, model, last: bool) -> contextlib.AbstractContextManager:
         """Exchange gradients (and, with DeepSpeed, step) only after the last micro-batch."""
@@ -103,8 +148,10 @@ class SftTrainer(Trainer):
         model = self.model if self.deepspeed is None else self.model_wrapped
         model.to(self.args.device).eval()
         total, count, num_examples = 0.0, 0, 0
-        with torch.no_grad():
+        # to start a loader takes a random number; training must not depend on evaluations
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for batch in dataloader:
+                self.stop_now(in_evaluation=True)
                 batch = self._prepare_inputs(batch)
                 total += self.sum_of_losses(model, batch).item()
                 count += len(targets(batch)[0])
@@ -112,12 +159,6 @@ class SftTrainer(Trainer):
         loss = self._sum_over_ranks(total) / self._sum_over_ranks(count)
         metrics = {f"{metric_key_prefix}_loss": float(loss)}
         return EvalLoopOutput(None, None, metrics, num_examples)
-
-    def _sum_over_ranks(self, value: float) -> float:
-        if self.accelerator.num_processes == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
-        return self.accelerator.reduce(tensor, "sum").item()
 
 
 def whole_steps(args: SftArguments) -> SftArguments:

@@ -1,0 +1,100 @@
+"""Which checkpoint a run goes on from, and why not from another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tinyllm import checkpoint
+from tinyllm.errors import UserError
+from tinyllm.run_folder import difference
+
+YES, NO = ("true", "yes", "1"), ("false", "no", "0", "none")
+
+
+def parse_choice(value: str | bool | None) -> str | bool | None:
+    """``--resume_from_checkpoint``: True, False, a path, or None for "as it comes"."""
+    text = str(value).strip().lower()
+    if value is None or text == "":
+        return None
+    if text in YES and not Path(str(value)).exists():
+        return True
+    return False if text in NO and not Path(str(value)).exists() else str(value)
+
+
+def newest(folder: Path, identity: dict, say: Callable[[str], None]) -> str | None:
+    """The newest checkpoint of a folder that one can go on from exactly; skipped ones are named."""
+    for one in checkpoint.find(folder):
+        reason = checkpoint.problem(one.path) or foreign(one.path, identity)
+        if reason is None:
+            return str(one.path)
+        say(f"skipped {one.path}: {reason}")
+    return None
+
+
+def chosen(path: Path, identity: dict, say: Callable[[str], None]) -> str:
+    """The checkpoint that the user names, or the newest of the run folder that they name.
+
+    Raises:
+        UserError: it cannot be gone on from; no other is taken in its place.
+    """
+    if not path.is_dir():
+        raise UserError(f"--resume_from_checkpoint {path}: no such folder")
+    if not (path / checkpoint.MANIFEST).is_file() and checkpoint.find(path):
+        found = newest(path, identity, say)
+        if found is None:
+            raise UserError(f"--resume_from_checkpoint {path}: none of its checkpoints can be used")
+        return found
+    if reason := checkpoint.problem(path) or foreign(path, identity):
+        raise UserError(f"--resume_from_checkpoint {path}: {reason}")
+    return str(path)
+
+
+def foreign(path: Path, identity: dict) -> str | None:
+    """Why a sound checkpoint does not belong to this run, None when it does."""
+    stored = checkpoint.read_manifest(path)["identity"]
+    changed = difference(flat(stored), flat(identity))
+    return f"it is from another run: {changed}" if changed else None
+
+
+def step_of(path: str | None) -> int | None:
+    """The step after which a checkpoint was written."""
+    return None if path is None else checkpoint.read_manifest(Path(path))["step"]
+
+
+def trim_log(path: Path, step: int | None) -> None:
+    """Drop the log lines that the run will write again: those after ``step`` (all, if None)."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut short by a kill; it is the last one
+        if step is not None and entry["step"] <= step and "train_runtime" not in entry:
+            kept.append(line + "\n")
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    scratch.replace(path)
+
+
+def loss_before_training(path: Path) -> float | None:
+    """The held-out loss of step 0, from the log of the run that is gone on with."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    entries = [json.loads(line) for line in lines]
+    found = [e["eval_loss"] for e in entries if e["step"] == 0 and "eval_loss" in e]
+    return found[0] if found else None
+
+
+def flat(identity: dict) -> dict:
+    """``{"base": {"weights": h}, "data": d}`` → ``{"base weights": h, "data": d}``."""
+    out: dict = {}
+    for name, value in identity.items():
+        if isinstance(value, dict):
+            prefix = "" if name == "settings" else f"{name} "
+            out |= {f"{prefix}{key}": inner for key, inner in value.items()}
+        else:
+            out[name] = value
+    return out
