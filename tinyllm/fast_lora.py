@@ -90,7 +90,6 @@ class FastLoraLinear(PeftLinear):
         """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU."""
         return (
             self.training
-            and torch.is_grad_enabled()
             and x.device.type == "cpu"
             and len(self.active_adapters) == 1
             and self.active_adapters[0] in self.lora_A

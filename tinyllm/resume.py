@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinyllm import checkpoint
+from tinyllm.base import read_json
 from tinyllm.errors import UserError
 from tinyllm.run_folder import difference
 
@@ -58,26 +59,30 @@ def foreign(path: Path, identity: dict) -> str | None:
     return f"it is from another run: {changed}" if changed else None
 
 
-def step_of(path: str | None) -> int | None:
-    """The step after which a checkpoint was written."""
-    return None if path is None else checkpoint.read_manifest(Path(path))["step"]
-
-
-def trim_log(path: Path, step: int | None) -> None:
-    """Drop the log lines that the run will write again: those after ``step`` (all, if None)."""
+def trim_log(path: Path, resume_from: str | None) -> None:
+    """Drop the log lines that the run will write again: those its checkpoint knows nothing of."""
     if not path.is_file():
         return
     kept = []
+    last, known = _history(resume_from)
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # cut short by a kill; it is the last one
-        if step is not None and entry["step"] <= step and "train_runtime" not in entry:
+        if entry["step"] < last or entry in known:
             kept.append(line + "\n")
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text("".join(kept), encoding="utf-8")
     scratch.replace(path)
+
+
+def _history(resume_from: str | None) -> tuple[int, list[dict]]:
+    """The step of a checkpoint, and what had been logged by then."""
+    if resume_from is None:
+        return -1, []
+    state = read_json(Path(resume_from) / checkpoint.TRAINER_STATE)
+    return state["global_step"], state["log_history"]
 
 
 def loss_before_training(path: Path) -> float | None:

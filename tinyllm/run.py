@@ -14,7 +14,7 @@ from tinyllm.fingerprint import fingerprint
 from tinyllm.interrupt import StopRequest
 from tinyllm.lock import FolderLock
 from tinyllm.ranks import decide_on_first
-from tinyllm.resume import chosen, flat, newest, parse_choice, step_of, trim_log
+from tinyllm.resume import chosen, flat, newest, parse_choice, trim_log
 from tinyllm.settings import Settings
 
 ANEW = (
@@ -105,7 +105,7 @@ def _claim(run: Run, settings: Settings, data: Data) -> tuple[bool, str | None]:
         run_folder.create(folder)
         run_folder.remove_leftovers(folder)
         checkpoint.remove_leftovers(folder)
-        trim_log(folder / run_folder.LOG_FILE, step_of(resume_from))
+        trim_log(folder / run_folder.LOG_FILE, resume_from)
         run_folder.write_json(folder / run_folder.DATA_REPORT, data.ledger.report())
         write_run_file(run, "running")
     return False, resume_from
