@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     if settings.run.preview:
         sft.show_preview(settings, tokenizer, data)
         return 0
+    if settings.run.verify_resume:
+        return sft.verify_resume(settings, data, max_length)
     # 4. LoRA around the base
     model = sft.prepare_model(settings, model)
     # 5. what this run is, and what the run folder already holds

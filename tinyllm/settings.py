@@ -191,6 +191,11 @@ class RunSettings:
         False, "Also write pytorch_model.bin: the whole model with the adapter merged into it."
     )
     num_sample_replies: int = setting(3, "Replies shown at the end, to held-out questions.")
+    verify_resume: bool = setting(
+        False,
+        "Train six steps straight, and six with an interruption after three, compare every bit, and "
+        "train nothing else.",
+    )
     preview: int = setting(
         0, "Show this many decoded examples, with what is learned marked, and train nothing."
     )

@@ -24,10 +24,12 @@ from tinyllm.run import Run, open_run
 from tinyllm.run_folder import LOG_FILE
 from tinyllm.settings import USUAL_MAX_LENGTH, Settings
 from tinyllm.trainer import SftTrainer
+from tinyllm.verify_resume import verify_resume
 
 __all__ = [
     "build_trainer", "finish", "load_examples", "load_model", "open_run", "prepare_model",
     "print_plan", "say_once", "show_preview", "show_samples", "train",
+    "verify_resume",
 ]  # fmt: skip
 
 
