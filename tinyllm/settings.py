@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT
 from tinyllm.errors import UserError
 from tinyllm.formats import KNOWN_COLUMNS
+from tinyllm.report.settings import ReportSettings
 
 EMBEDDED_BASE = "outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model"
 DEFAULT_RUN = "outputs/ckpt/sft_lora_tiny_llm_16m_epoch3"
@@ -181,8 +182,8 @@ def _is_text(text: str) -> bool:
 
 
 @dataclass
-class RunSettings:
-    """What becomes of the run folder."""
+class RunSettings(ReportSettings):
+    """What becomes of the run folder, and what a run says about itself."""
 
     overwrite_output_dir: bool = setting(
         False, "Start anew: an earlier run in output_dir is moved aside to output_dir.old-N."
@@ -201,6 +202,7 @@ class RunSettings:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.num_sample_replies <= MAX_SAMPLE_REPLIES:
             raise UserError(
                 f"--num_sample_replies {self.num_sample_replies}: expected 0 to {MAX_SAMPLE_REPLIES}"

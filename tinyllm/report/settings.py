@@ -1,0 +1,81 @@
+"""Settings of what a run measures and shows about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyllm.errors import UserError
+
+LANGUAGES = ("zh", "en")
+# Settings that change nothing about the weights that come out.
+REPORT_ONLY = {
+    "dry_run", "report", "lang", "report_rows", "report_replies", "probe_prompts", "eval_replies",
+}  # fmt: skip
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ReportSettings:
+    """What a run says about itself, before, during and after the training."""
+
+    dry_run: bool = _setting(
+        False, "Print the plan (steps, time, memory, files) and stop: nothing is trained or written."
+    )
+    report: bool = _setting(
+        True, "Measure at the end what the training changed: report.html, metrics.json, model card."
+    )
+    lang: str = _setting("zh", "Language of the report: zh or en.")
+    report_rows: int = _setting(
+        200, "Held-out rows measured for the report; a fixed sample when there are more."
+    )
+    report_replies: int = _setting(
+        16, "Held-out questions answered for the report, without and with the training."
+    )
+    probe_prompts: str = _setting(
+        "", "File with your own questions for the report, one a line; '' for none."
+    )
+    eval_replies: int = _setting(
+        2, "Fixed held-out questions answered at every evaluation, to read along; 0 for none."
+    )
+    early_stopping_patience: int = _setting(
+        0, "Stop after this many evaluations in a row without a better held-out loss; 0 never stops."
+    )
+    early_stopping_threshold: float = _setting(
+        0.0, "How much lower, in nats, a held-out loss must be to count as better."
+    )
+
+    def __post_init__(self) -> None:
+        if self.lang not in LANGUAGES:
+            raise UserError(f"--lang {self.lang}: expected {' or '.join(LANGUAGES)}")
+        if self.report_rows < 2:
+            raise UserError(f"--report_rows {self.report_rows}: must be 2 or more")
+        for name in ("report_replies", "eval_replies", "early_stopping_patience"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be 0 or more")
+        if self.early_stopping_threshold < 0:
+            raise UserError(
+                f"--early_stopping_threshold {self.early_stopping_threshold}: must be 0 or more"
+            )
+        if self.probe_prompts:
+            read_prompts(self.probe_prompts)
+
+
+def read_prompts(path: str) -> list[str]:
+    """The user's own questions: the lines of a UTF-8 file that are not empty.
+
+    Raises:
+        UserError: the file is missing, is no text, or has no question.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"--probe_prompts {path}: cannot be read: {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--probe_prompts {path}: no question in it; write one a line")
+    return prompts
