@@ -10,7 +10,7 @@ from conftest import train_arguments
 
 import sft_lora
 from tinyllm.errors import UserError
-from tinyllm.run_folder import FINAL_FILES, RUN_FILE
+from tinyllm.run_folder import FINAL_FILES, OPTIONAL_FILES, RUN_FILE
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def run_copy(finished_run, tmp_path):
 
 def test_a_finished_run_leaves_exactly_the_contract(finished_run):
     found = {p.name for p in finished_run.iterdir() if not p.name.startswith("checkpoint-")}
-    assert found == set(FINAL_FILES)
+    assert found - set(OPTIONAL_FILES) == set(FINAL_FILES)
     checkpoints = sorted(p.name for p in finished_run.glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-3", "checkpoint-6"]
 

@@ -11,10 +11,17 @@ import torch
 from tinyllm import run_folder
 from tinyllm.adapter import BIN, SAFETENSORS, read_adapter, read_weights
 from tinyllm.base import read_json
+from tinyllm.chat_format import chat_format_of
 from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.generate import generate_reply
 from tinyllm.model_card import model_card
+from tinyllm.report import plots
+from tinyllm.report.again import load_trained
+from tinyllm.report.evidence import measure
+from tinyllm.report.files import PAGE
+from tinyllm.report.texts import verdict_line
+from tinyllm.report.write import write_report
 from tinyllm.run import Run, write_run_file
 from tinyllm.settings import Settings
 
@@ -34,14 +41,37 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         trainer.processing_class.save_pretrained(scratch)
         if lora and settings.run.save_full_model:
             write_merged_bin(trainer.model, scratch)
-        more = {"data": data.summary, "results": results}
-        card = {"settings": run.settings, "identity": run.identity, **more}
-        (scratch / run_folder.MODEL_CARD).write_text(model_card(card), encoding="utf-8")
         run_folder.publish(scratch, run.folder)
+        more = {"data": data.summary, "results": results}
+        write_run_file(run, "running", **more)
+        write_evidence(settings, trainer, run, data)
         write_run_file(run, "finished", **more)
         if lora:
-            _check(run.folder, has_held_out=results["eval_loss"] is not None)
+            _check(run.folder, settings.run.report, has_held_out=results["eval_loss"] is not None)
     trainer.accelerator.wait_for_everyone()
+
+
+def write_evidence(settings: Settings, trainer, run: Run, data: Data) -> None:
+    """Measure what the training changed; write report and model card, and say the verdict."""
+    metrics = None
+    if settings.run.report:
+        model, tokenizer = trainer.model, trainer.processing_class
+        if is_zero3(trainer):  # its weights are spread over the ranks
+            model, tokenizer = load_trained(settings, run.folder)
+        evidence = measure(model, tokenizer, chat_format_of(tokenizer), settings, data)
+        metrics = write_report(run.folder, evidence, settings.run.lang)
+        if not plots.can_draw():
+            print(f"note: {plots.MISSING}", file=sys.stderr)
+        print(verdict_line(metrics["verdict"], settings.run.lang), file=sys.stderr)
+        print(f"report: {run.folder / PAGE}", file=sys.stderr, flush=True)
+    card = model_card(read_json(run.folder / run_folder.RUN_FILE), metrics)
+    (run.folder / run_folder.MODEL_CARD).write_text(card, encoding="utf-8")
+
+
+def is_zero3(trainer) -> bool:
+    """Whether DeepSpeed keeps only a part of the weights on each rank."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
 
 
 def write_adapter(model, folder: Path) -> None:
@@ -71,10 +101,12 @@ def write_merged_bin(model, folder: Path) -> None:
     merged.config.save_pretrained(folder)
 
 
-def _check(folder: Path, has_held_out: bool) -> None:
+def _check(folder: Path, has_report: bool, has_held_out: bool) -> None:
     """Open what was written, as a user would."""
-    expected = [f for f in run_folder.FINAL_FILES if has_held_out or f != "eval_results.json"]
-    missing = run_folder.missing_files(folder, tuple(expected))
+    without = () if has_held_out else ("eval_results.json",)
+    without += () if has_report else run_folder.REPORT_FILES
+    expected = tuple(name for name in run_folder.FINAL_FILES if name not in without)
+    missing = run_folder.missing_files(folder, expected)
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} were not written")
     adapter = read_adapter(folder)

@@ -30,6 +30,7 @@ RESULT_FILES = (
     "trainer_state.json",
     LOG_FILE,
 )
+REPORT_FILES = ("report.html", "metrics.json")
 MODEL_CARD = "README.md"
 FULL_MODEL = "pytorch_model.bin"
 
@@ -37,7 +38,11 @@ FINISHING = ".finishing"  # where the final files are written before they are mo
 NAMED = 3  # differences that are told in full
 
 # What a LoRA run with a held-out set leaves beside its checkpoint-N folders.
-FINAL_FILES = (*ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, DATA_REPORT, MODEL_CARD, RUN_FILE)
+FINAL_FILES = (
+    *ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, *REPORT_FILES, DATA_REPORT, MODEL_CARD, RUN_FILE,
+)  # fmt: skip
+# What it may leave besides: a picture (with matplotlib), logs of TensorBoard, replies on the way.
+OPTIONAL_FILES = ("training_loss.png", "runs", "eval_replies.jsonl", "merge_certificate.json")
 
 
 @dataclass(frozen=True)

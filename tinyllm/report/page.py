@@ -154,7 +154,9 @@ def lineage(metrics: dict, words: dict) -> str:
     """Where the run was interrupted and taken up again."""
     if not metrics["lineage"]:
         return f"<p>{escape(words['no_lineage'])}</p>"
-    return "".join(listing(one if isinstance(one, dict) else {"": one}) for one in metrics["lineage"])
+    return "".join(
+        listing(one if isinstance(one, dict) else {"": one}) for one in metrics["lineage"]
+    )
 
 
 def settings(metrics: dict, words: dict) -> str:

@@ -11,7 +11,7 @@ from tinyllm.attention import PACKED_SDPA
 from tinyllm.batches import Batch, collate, model_inputs, split, targets
 from tinyllm.chat_format import IGNORE_INDEX
 
-MAX_TOKENS = 2048  # of a packed row
+MAX_TOKENS = 1024  # of a packed row
 MAX_LOGITS = 30_000_000  # of a packed row, all of them in float32
 
 Row = dict[str, np.ndarray]  # input_ids and labels, each (T,)
@@ -139,7 +139,7 @@ def with_other_question(rows: list[Row], max_length: int) -> list[tuple[int, Row
         for step in range(1, len(parts)):
             prompt, other = parts[(number + step) % len(parts)]
             differs = not np.array_equal(other, answer) and not np.array_equal(prompt, own)
-            if differs and 0 < len(prompt) and len(prompt) + len(answer) <= max_length:
+            if differs and len(prompt) > 0 and len(prompt) + len(answer) <= max_length:
                 labels = np.concatenate([np.full(len(prompt), IGNORE_INDEX), answer])
                 ids = np.concatenate([prompt, answer])
                 mismatched.append((number, {"input_ids": ids, "labels": labels}))

@@ -23,7 +23,8 @@ class ReportSettings:
     """What a run says about itself, before, during and after the training."""
 
     dry_run: bool = _setting(
-        False, "Print the plan (steps, time, memory, files) and stop: nothing is trained or written."
+        False,
+        "Print the plan (steps, time, memory, files) and stop: nothing is trained or written.",
     )
     report: bool = _setting(
         True, "Measure at the end what the training changed: report.html, metrics.json, model card."
@@ -42,7 +43,8 @@ class ReportSettings:
         2, "Fixed held-out questions answered at every evaluation, to read along; 0 for none."
     )
     early_stopping_patience: int = _setting(
-        0, "Stop after this many evaluations in a row without a better held-out loss; 0 never stops."
+        0,
+        "Stop after this many evaluations in a row without a better held-out loss; 0 never stops.",
     )
     early_stopping_threshold: float = _setting(
         0.0, "How much lower, in nats, a held-out loss must be to count as better."

@@ -81,6 +81,5 @@ def _line(points: list[tuple[float, float]], colour: int, name: str) -> str:
     if len(points) <= 40:
         dots = "".join(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="2.5"/>' for px, py in points)
     return (
-        f'<g class="c{colour}"><title>{escape(name)}</title>'
-        f'<polyline points="{path}"/>{dots}</g>'
+        f'<g class="c{colour}"><title>{escape(name)}</title><polyline points="{path}"/>{dots}</g>'
     )

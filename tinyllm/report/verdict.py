@@ -74,7 +74,9 @@ def _level(evidence: dict, training: dict) -> tuple[str, list[Reason]]:
     if relative < CLEAR_DROP:
         return BARELY, [Reason("small_drop", values)]
     flaws = _flaws(evidence)
-    return (BARELY, [*flaws, Reason("drop", values)]) if flaws else (LEARNED, [Reason("drop", values)])
+    return (
+        (BARELY, [*flaws, Reason("drop", values)]) if flaws else (LEARNED, [Reason("drop", values)])
+    )
 
 
 def relative_drop(part: dict) -> float:
