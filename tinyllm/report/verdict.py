@@ -66,6 +66,12 @@ def _level(evidence: dict, training: dict) -> tuple[str, list[Reason]]:
     drop = held_out["drop"]
     relative = relative_drop(held_out)
     values = {"relative": relative, **drop}
+    if evidence["supervision"]["with_stop"] < 0.5 and (endless := _never_stops(evidence)):
+        # the missing end token alone can raise the loss: name it, not the loss
+        fell = drop["low"] > 0
+        return (BARELY if fell else NOT_AT_ALL), [
+            endless, Reason("drop" if fell else "no_drop", values)
+        ]  # fmt: skip
     if drop["low"] <= 0 or relative < ANY_DROP:
         return _without_gain(evidence, values)
     overfitted = _past_best(evidence, training)
@@ -129,15 +135,20 @@ def _past_best(evidence: dict, training: dict) -> Reason | None:
 def _flaws(evidence: dict) -> list[Reason]:
     """What keeps a run whose loss fell from having learned to answer."""
     flaws = []
-    question, held_out = evidence["question"], evidence["held_out"]
+    question = evidence["question"]
     if question and question["on"]["low"] <= 0:
         flaws.append(Reason("question_ignored", question["on"]))
-    if held_out["on"]["stop_probability"] < LOW_STOP:
-        flaws.append(Reason("never_stops", {
-            "off": held_out["off"]["stop_probability"], "on": held_out["on"]["stop_probability"],
-            "with_stop": evidence["supervision"]["with_stop"],
-        }))  # fmt: skip
+    if endless := _never_stops(evidence):
+        flaws.append(endless)
     return flaws
+
+
+def _never_stops(evidence: dict) -> Reason | None:
+    off, on = (evidence["held_out"][side]["stop_probability"] for side in ("off", "on"))
+    if on >= LOW_STOP:
+        return None
+    taught = evidence["supervision"]["with_stop"]
+    return Reason("never_stops", {"off": off, "on": on, "with_stop": taught})
 
 
 def _remarks(evidence: dict, training: dict, level: str, said: set[str]) -> list[Reason]:
