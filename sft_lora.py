@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # 1. settings: default < YAML < command line
     settings, notes = parse_settings(sys.argv[1:] if argv is None else argv)
-    sft.say_once(notes)
+    sft.say_once(notes + sft.check_start(settings))
     # 2. base model and tokenizer
     model, tokenizer, chat_format = sft.load_model(settings)
     # 3. rows → examples

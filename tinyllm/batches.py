@@ -30,14 +30,25 @@ def collate(examples: list[dict[str, np.ndarray]]) -> Batch:
     return {
         "input_ids": _flat(examples, "input_ids"),
         "labels": _flat(examples, "labels"),
-        "lengths": torch.tensor([len(example["input_ids"]) for example in examples]),
+        "lengths": torch.tensor([len(e["input_ids"]) for e in examples], dtype=torch.long),
     }
 
 
 def _flat(examples: list[dict[str, np.ndarray]], name: str) -> torch.Tensor:
+    none = [np.empty(0, np.int64)]  # a rank may get no rows
     return torch.from_numpy(
-        np.concatenate([example[name] for example in examples]).astype(np.int64)
+        np.concatenate([example[name] for example in examples] or none).astype(np.int64)
     )
+
+
+def nothing_to_learn(like: Batch) -> Batch:
+    """A batch of one example of two ids, none of them supervised: its loss and gradients are 0."""
+    device = like["input_ids"].device
+    return {
+        "input_ids": torch.zeros(2, dtype=torch.long, device=device),
+        "labels": torch.full((2,), IGNORE_INDEX, device=device),
+        "lengths": torch.tensor([2], device=device),
+    }
 
 
 def split(batch: Batch, max_tokens: int) -> Iterator[Batch]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+SPEAKING_SECONDS = 4
 
 
 class UserError(ValueError):
@@ -39,6 +41,13 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.number
 
 
+def _let_rank_zero_speak() -> None:
+    """Of processes that fail alike, the first one's message is enough: it ends the others."""
+    rank = os.environ.get("RANK", "0")
+    if rank.isdigit() and rank != "0":
+        time.sleep(1 + min(0.1 * int(rank), 1))
+
+
 def run_program(main: Callable[[], int | None]) -> int:
     """Run a program's ``main`` and turn a :class:`UserError` into one line on stderr.
 
@@ -48,8 +57,10 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except AlreadyTold:
+        time.sleep(SPEAKING_SECONDS)  # the end of one process ends those that want to speak
         return EXIT_USER_ERROR
     except UserError as error:
+        _let_rank_zero_speak()
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Interrupted as stop:

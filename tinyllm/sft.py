@@ -9,12 +9,14 @@ from functools import partial
 import torch
 
 from tinyllm import data as data_stage
+from tinyllm import ranks
 from tinyllm.base import context_length, load_base, pick_dtype
 from tinyllm.chat_format import chat_format_of, has_own_template
 from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
+from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters
 from tinyllm.preview import marks_for, preview
 from tinyllm.progress import LogFile, Progress
@@ -27,7 +29,7 @@ from tinyllm.trainer import SftTrainer
 from tinyllm.verify_resume import verify_resume
 
 __all__ = [
-    "build_trainer", "finish", "load_examples", "load_model", "open_run", "prepare_model",
+    "build_trainer", "check_start", "finish", "load_examples", "load_model", "open_run", "prepare_model",
     "print_plan", "say_once", "show_preview", "show_samples", "train",
     "verify_resume",
 ]  # fmt: skip
@@ -76,8 +78,9 @@ def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
     args = settings.training
     shows = not args.disable_tqdm and int(os.environ.get("RANK", "0")) == 0
     # one process prepares and fills the cache, the others find it there
-    with args.main_process_first(desc="data"):
-        data = data_stage.load_data(settings.data, chat_format, max_length, args.seed, shows)
+    data = ranks.in_turns(
+        lambda: data_stage.load_data(settings.data, chat_format, max_length, args.seed, shows)
+    )
     if not settings.run.preview:
         data_stage.require_held_out(data, settings.training.eval_strategy)
     say("data:\n" + data_stage.describe(data))
@@ -111,6 +114,7 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
     trainer.find_rows = partial(find_rows, settings.data, tokenizer, max_length)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    check_trainer(settings, trainer, data)
     return trainer
 
 

@@ -14,14 +14,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from tinyllm.attention import use_packed_attention
-from tinyllm.batches import Batch, collate, model_inputs, split, targets
+from tinyllm.batches import Batch, collate, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
+from tinyllm.rank_share import share_rows
 from tinyllm.row_search import ids_of, rows_text
 from tinyllm.saving import SavingTrainer
 from tinyllm.settings import SftArguments
@@ -68,12 +69,28 @@ class SftTrainer(SavingTrainer):
         self.find_rows: Callable[[list[bytes]], list[str]] = lambda ids: []
         self.last_batch: Batch = {}
 
+    def get_train_dataloader(self) -> DataLoader:
+        """One batch is this rank's part of one optimizer step."""
+        loader = super().get_train_dataloader()
+        order = self._get_train_sampler(self.train_dataset)
+        return self._share(loader, order, self._train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Held-out rows of this rank; together the ranks see every row once."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        return self._share(loader, SequentialSampler(loader.dataset), self.args.eval_batch_size)
+
+    def _share(self, loader: DataLoader, order, rows_per_rank: int) -> DataLoader:
+        if self.accelerator.num_processes == 1:
+            return loader
+        return share_rows(loader, order, rows_per_rank, self.accelerator, self.args.data_seed)
+
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one optimizer step, in micro-batches; returns its loss ()."""
         model.train()
         batch = self._prepare_inputs(inputs)
         num_supervised = self._sum_over_ranks(len(targets(batch)[0]))
-        total, micro_batches = 0.0, list(split(batch, self.tokens_per_micro_batch))
+        total, micro_batches = 0.0, self._micro_batches(batch)
         for number, micro_batch in enumerate(micro_batches, 1):
             self.stop_now()
             with self._synchronised(model, last=number == len(micro_batches)):
@@ -85,6 +102,15 @@ class SftTrainer(SavingTrainer):
         self._require_number(total, "loss", batch)
         self.last_batch = batch
         return total
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """As many on every rank: sharded engines exchange something in each forward and backward."""
+        parts = list(split(batch, self.tokens_per_micro_batch))
+        if self.accelerator.num_processes == 1:
+            return parts
+        number = torch.tensor([len(parts)], device=self.args.device)
+        most = max(1, int(self.accelerator.gather(number).max()))
+        return parts + [nothing_to_learn(batch)] * (most - len(parts))
 
     def _require_number(self, value, what: str, batch: Batch) -> None:
         """Stop before the weights take in what is no number, naming the rows that gave it.
@@ -147,18 +173,19 @@ class SftTrainer(SavingTrainer):
         """Loss per supervised token over the whole held-out set, every token counted once."""
         model = self.model if self.deepspeed is None else self.model_wrapped
         model.to(self.args.device).eval()
-        total, count, num_examples = 0.0, 0, 0
+        total, count = 0.0, 0
         # to start a loader takes a random number; training must not depend on evaluations
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for batch in dataloader:
                 self.stop_now(in_evaluation=True)
                 batch = self._prepare_inputs(batch)
+                if not len(batch["lengths"]):  # a rank without rows takes part in the forward
+                    batch = nothing_to_learn(batch)
                 total += self.sum_of_losses(model, batch).item()
                 count += len(targets(batch)[0])
-                num_examples += len(batch["lengths"])
         loss = self._sum_over_ranks(total) / self._sum_over_ranks(count)
         metrics = {f"{metric_key_prefix}_loss": float(loss)}
-        return EvalLoopOutput(None, None, metrics, num_examples)
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
 
 
 def whole_steps(args: SftArguments) -> SftArguments:
