@@ -25,10 +25,14 @@ MBS=${MBS:-4}                            # rows per device and micro-batch
 GAS=${GAS:-4}                            # micro-batches per optimizer step
 LR=${LR:-5e-4}                           # peak learning rate
 
-# Launch
-NPROC=${NPROC:-auto}                     # processes: auto is one per GPU, one on a CPU
+# Launch (docs/launch.md); on several nodes also NNODES NODE_RANK MASTER_ADDR MASTER_PORT
+DEVICE=${DEVICE:-auto}                   # auto: the GPUs if there are any; cpu or gpu insists
+NPROC=${NPROC:-auto}                     # processes a node: auto is one per GPU, one on a CPU
 USE_DEEPSPEED=${USE_DEEPSPEED:-auto}     # auto: with a GPU yes, without no; 1 or 0 insists
-ZERO_STAGE=${ZERO_STAGE:-2}              # DeepSpeed ZeRO: 2 shards optimizer and gradients
+ZERO_STAGE=${ZERO_STAGE:-auto}           # DeepSpeed ZeRO: 0 nothing sharded, 1 optimizer,
+                                         # 2 gradients too (auto), 3 the weights too
+OFFLOAD=${OFFLOAD:-0}                    # 1: optimizer (and with ZeRO-3 weights) wait in CPU memory
+PRECISION=${PRECISION:-auto}             # of the frozen base: auto, bf16, fp16 or fp32
 
 LORA_ARGS=(
     --use_lora True
@@ -52,5 +56,7 @@ if [[ $BASE_MODEL == "$EMBEDDED_BASE" ]]; then
     "$PYTHON" -m tinyllm.embedded "$EMBEDDED_BASE"
 fi
 source script/launch.sh
-choose_launch
-exec "${LAUNCH[@]}" sft_lora.py "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${LAUNCH_ARGS[@]}" "$@"
+choose_launch "$@"
+COMMAND=("${LAUNCH[@]}" sft_lora.py "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${LAUNCH_ARGS[@]}" "$@")
+printf 'launch:%s\n' "$(printf ' %q' "${COMMAND[@]}")" >&2
+exec "${COMMAND[@]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-TOOLS = ["bash", "dirname", "cat", "env", "uname", "mkdir", "chmod", "rm", "tee"]
+TOOLS = ["bash", "dirname", "cat", "env", "uname", "mkdir", "chmod", "rm", "tee", "head"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,15 @@ def test_a_failed_step_is_a_non_zero_exit_also_through_tee(clone, base_folder, t
         ("NPROC", "x", "expected auto or a number"),
         ("ZERO_STAGE", "7", "expected 0, 1, 2 or 3"),
         ("USE_DEEPSPEED", "yes", "expected auto, 0 or 1"),
-        ("USE_DEEPSPEED", "1", "no GPU was found"),
+        ("DEVICE", "gpu", "no GPU was found"),
+        ("DEVICE", "tpu", "expected auto, cpu or gpu"),
+        ("OFFLOAD", "2", "expected 0 or 1"),
+        ("PRECISION", "int4", "expected auto, bf16, fp16 or fp32"),
+        ("PRECISION", "fp16", "needs a GPU"),
+        ("NNODES", "0", "expected a number"),
+        ("NNODES", "2", "set MASTER_ADDR"),
+        ("NODE_RANK", "1", "expected a number from 0 to 0"),
+        ("MASTER_PORT", "x", "expected a number"),
     ],
 )
 def test_bad_variables_are_one_clear_line(clone, base_folder, tmp_path, variable, value, message):
@@ -154,29 +162,3 @@ def test_every_script_is_executable_and_parses():
         assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
         if script.name not in ("env.sh", "launch.sh"):
             assert os.access(script, os.X_OK), script.name
-
-
-def test_gpus_are_launched_with_accelerate_and_deepspeed(clone, tmp_path):
-    """With a stand-in for the driver and for Python: the words that would be started."""
-    driver = 'echo "GPU 0: one"; echo "GPU 1: two"'
-    python = (
-        """
-case "$*" in
-  *requirements_met* | *version_info*) exit 0;;
-  -) exec '"""
-        + sys.executable
-        + """' -;;
-esac
-echo "started: $*"
-exit 0"""
-    )
-    path = fake_tools(tmp_path / "bin", python3=python, **{"nvidia-smi": driver})
-    words = {"path": path, "BASE_MODEL": "x"}
-    two = start(clone / "script/sft_lora.sh", "--max_steps", "3", **words)
-    assert "2 GPU(s) found, so 2 process(es) with accelerate and DeepSpeed ZeRO-2" in two.stderr
-    assert "--num_processes 2" in two.stdout and "--max_steps 3" in two.stdout
-    assert "--use_deepspeed --deepspeed_config_file configs/zero2.json" in two.stdout
-    one = start(clone / "script/sft_lora.sh", NPROC="1", USE_DEEPSPEED="0", **words)
-    assert "--num_processes 1" in one.stdout and "deepspeed" not in one.stdout
-    three = start(clone / "script/sft_lora.sh", NPROC="3", **words)
-    assert three.returncode == 2 and "only 2 GPU(s) were found" in three.stderr

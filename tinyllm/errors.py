@@ -57,7 +57,8 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except AlreadyTold:
-        time.sleep(SPEAKING_SECONDS)  # the end of one process ends those that want to speak
+        if "RANK" in os.environ:
+            time.sleep(SPEAKING_SECONDS)  # the end of one process ends those that want to speak
         return EXIT_USER_ERROR
     except UserError as error:
         _let_rank_zero_speak()

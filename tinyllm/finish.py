@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tinyllm import run_folder
-from tinyllm.adapter import BIN, SAFETENSORS, read_adapter, read_weights
+from tinyllm.adapter import BIN, SAFETENSORS, read_weights
 from tinyllm.base import read_json
 from tinyllm.chat_format import chat_format_of
 from tinyllm.data import Data
@@ -17,13 +17,14 @@ from tinyllm.errors import UserError
 from tinyllm.generate import generate_reply
 from tinyllm.model_card import model_card
 from tinyllm.report import plots
-from tinyllm.report.again import load_trained
 from tinyllm.report.evidence import measure
 from tinyllm.report.files import PAGE
 from tinyllm.report.texts import verdict_line
 from tinyllm.report.write import write_report
 from tinyllm.run import Run, write_run_file
+from tinyllm.saved_adapter import check_saved_adapter, has_learned
 from tinyllm.settings import Settings
+from tinyllm.sharded import is_sharded, whole_state
 
 
 def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> None:
@@ -33,11 +34,12 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         UserError: what was written cannot be read back as it should.
     """
     lora = settings.lora.use_lora
+    state = whole_state(trainer.model) if is_sharded(trainer.args) else None
     if trainer.is_world_process_zero():
         scratch = run.folder / run_folder.FINISHING
         scratch.mkdir(exist_ok=True)
         write = write_adapter if lora else write_whole_model
-        write(trainer.model, scratch)
+        write(trainer.model, scratch, state)
         trainer.processing_class.save_pretrained(scratch)
         if lora and settings.run.save_full_model:
             write_merged_bin(trainer.model, scratch)
@@ -47,37 +49,44 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         write_evidence(settings, trainer, run, data)
         write_run_file(run, "finished", **more)
         if lora:
-            _check(run.folder, settings.run.report, has_held_out=results["eval_loss"] is not None)
+            has_held_out = results["eval_loss"] is not None
+            _check(run.folder, trainer, has_report(settings, trainer), has_held_out)
     trainer.accelerator.wait_for_everyone()
 
 
 def write_evidence(settings: Settings, trainer, run: Run, data: Data) -> None:
     """Measure what the training changed; write report and model card, and say the verdict."""
     metrics = None
-    if settings.run.report:
-        model, tokenizer = trainer.model, trainer.processing_class
-        if is_zero3(trainer):  # its weights are spread over the ranks
-            model, tokenizer = load_trained(settings, run.folder)
-        evidence = measure(model, tokenizer, chat_format_of(tokenizer), settings, data)
+    if has_report(settings, trainer):
+        tokenizer = trainer.processing_class
+        evidence = measure(trainer.model, tokenizer, chat_format_of(tokenizer), settings, data)
         metrics = write_report(run.folder, evidence, settings.run.lang)
         if not plots.can_draw():
             print(f"note: {plots.MISSING}", file=sys.stderr)
         print(verdict_line(metrics["verdict"], settings.run.lang), file=sys.stderr)
         print(f"report: {run.folder / PAGE}", file=sys.stderr, flush=True)
+    elif settings.run.report:
+        again = f"python -m tinyllm.report {run.folder}"
+        print(
+            f"no report yet: with ZeRO-3 no process holds the whole model; {again}", file=sys.stderr
+        )
     card = model_card(read_json(run.folder / run_folder.RUN_FILE), metrics)
     (run.folder / run_folder.MODEL_CARD).write_text(card, encoding="utf-8")
 
 
-def is_zero3(trainer) -> bool:
-    """Whether DeepSpeed keeps only a part of the weights on each rank."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3
+def has_report(settings: Settings, trainer) -> bool:
+    """Whether the run measures itself at its end; with ZeRO-3 that is done afterwards."""
+    return settings.run.report and not is_sharded(trainer.args)
 
 
-def write_adapter(model, folder: Path) -> None:
-    """Write the adapter twice, as ``.safetensors`` and as the ``.bin`` that the guide names."""
-    model.save_pretrained(folder, safe_serialization=False)
-    model.save_pretrained(folder)
+def write_adapter(model, folder: Path, state: dict | None = None) -> None:
+    """Write the adapter twice, as ``.safetensors`` and as the ``.bin`` that the guide names.
+
+    Args:
+        state: the trained weights, where the model itself does not hold them whole.
+    """
+    model.save_pretrained(folder, safe_serialization=False, state_dict=state)
+    model.save_pretrained(folder, state_dict=state)
     config = read_json(folder / "adapter_config.json")
     config["target_modules"] = sorted(config["target_modules"])  # a set: its order is random
     run_folder.write_json(folder / "adapter_config.json", config)
@@ -86,9 +95,9 @@ def write_adapter(model, folder: Path) -> None:
     assert same, "the two adapter files differ"
 
 
-def write_whole_model(model, folder: Path) -> None:
+def write_whole_model(model, folder: Path, state: dict | None = None) -> None:
     """Write a model trained without LoRA, in transformers' own layout."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
 
 
 def write_merged_bin(model, folder: Path) -> None:
@@ -101,15 +110,15 @@ def write_merged_bin(model, folder: Path) -> None:
     merged.config.save_pretrained(folder)
 
 
-def _check(folder: Path, has_report: bool, has_held_out: bool) -> None:
+def _check(folder: Path, trainer, with_report: bool, has_held_out: bool) -> None:
     """Open what was written, as a user would."""
     without = () if has_held_out else ("eval_results.json",)
-    without += () if has_report else run_folder.REPORT_FILES
+    without += () if with_report else run_folder.REPORT_FILES
     expected = tuple(name for name in run_folder.FINAL_FILES if name not in without)
     missing = run_folder.missing_files(folder, expected)
     if missing:
         raise UserError(f"{folder}: {', '.join(missing)} were not written")
-    adapter = read_adapter(folder)
+    adapter = check_saved_adapter(folder, trainer.model, has_learned(trainer.state))
     if not adapter.has_effect:
         print(
             "warning: the adapter has no effect, every B matrix is zero; were there any steps, "
@@ -123,6 +132,9 @@ def show_samples(settings: Settings, trainer, chat_format, data: Data) -> None:
     if not trainer.is_world_process_zero():
         return
     records = data.sample_records[: settings.run.num_sample_replies]
+    if is_sharded(trainer.args):
+        print("no sample replies: with ZeRO-3 no process holds the whole model", file=sys.stderr)
+        records = []
     model = trainer.model.eval()
     for record in records:
         messages = [m for m in record.messages if m["role"] == "system"][:1]

@@ -17,6 +17,7 @@ from tinyllm import ranks
 from tinyllm.errors import UserError
 from tinyllm.launch_plan import Plan, asked_plan, check_processes, parent_words
 from tinyllm.settings import Settings
+from tinyllm.sharded import is_sharded, zero_stage
 
 CHECKED_STEPS = 64
 
@@ -74,16 +75,11 @@ def check_deepspeed(settings: Settings) -> None:
             f"--{'bf16' if args.bf16 else 'fp16'} True with DeepSpeed would keep the adapter in half "
             "precision: leave it out, and set --torch_dtype for the base (PRECISION=bf16)"
         )
-    if zero_stage(args.deepspeed_plugin) == 3 and settings.run.save_full_model:
+    if is_sharded(args) and settings.run.save_full_model:
         raise UserError(
             "--save_full_model True with ZeRO-3: no process holds the full model; merge afterwards "
             "with python load_lora_model.py, or use ZERO_STAGE=2"
         )
-
-
-def zero_stage(plugin) -> int:
-    """The ZeRO stage of accelerate's DeepSpeed plugin; 0 without one."""
-    return int(plugin.zero_stage) if plugin is not None else 0
 
 
 def check_trainer(settings: Settings, trainer, data) -> None:
@@ -96,7 +92,7 @@ def check_trainer(settings: Settings, trainer, data) -> None:
     engine = engine_of(state)
     if plan.engine and engine != plan.engine:
         raise UserError(f"{plan.by} asks for {plan.engine}, but the Trainer runs {engine}")
-    stage = zero_stage(state.deepspeed_plugin)
+    stage = zero_stage(trainer.args)
     if plan.zero is not None and stage != plan.zero:
         raise UserError(f"the launcher asks for ZeRO-{plan.zero}, but DeepSpeed runs ZeRO-{stage}")
     if getattr(trainer.model, "hf_device_map", None):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tinyllm.errors import UserError
 
@@ -73,7 +74,7 @@ def _accelerate_processes(parent: list[str]) -> int | None:
     """
     if not any("accelerate" in word for word in parent):
         return None
-    options = dict(zip(parent, parent[1:], strict=False))
+    options = dict(pairwise(parent))
     options |= dict(word.split("=", 1) for word in parent if word.startswith("--") and "=" in word)
     if "--num_processes" in options:
         return int(options["--num_processes"])

@@ -9,6 +9,7 @@ from torch import nn
 from tinyllm.errors import UserError
 from tinyllm.fast_lora import use_fast_lora
 from tinyllm.settings import LoraSettings
+from tinyllm.sharded import num_elements
 
 
 def add_lora(model, settings: LoraSettings):
@@ -51,5 +52,5 @@ def check_targets(model, targets: list[str]) -> None:
 
 def count_parameters(model) -> tuple[int, int]:
     """``(trainable, total)`` parameters of a model."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(num_elements(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trainable in sizes if trainable), sum(n for n, _ in sizes)

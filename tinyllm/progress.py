@@ -9,6 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from tinyllm.sharded import is_sharded
+
 
 class Progress(TrainerCallback):
     """A progress bar with loss and learning rate on rank 0."""
@@ -63,3 +65,25 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero and state.log_history:
             with self.path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class EvaluateBefore(TrainerCallback):
+    """The held-out loss before training; with ZeRO-3 only the engine can compute one."""
+
+    def __init__(self, trainer, known: float | None) -> None:
+        self.trainer, self.loss = trainer, known
+
+    def evaluate(self) -> None:
+        """Evaluate now, or as soon as there is an engine."""
+        if is_sharded(self.trainer.args):
+            self.trainer.add_callback(self)
+        else:
+            self._evaluate()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        self.loss = self.trainer.evaluate()["eval_loss"]
+        if self.trainer.is_world_process_zero():
+            print(f"before training: held-out loss {self.loss:.4f}", file=sys.stderr, flush=True)

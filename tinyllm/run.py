@@ -14,8 +14,8 @@ from tinyllm.fingerprint import fingerprint
 from tinyllm.interrupt import StopRequest
 from tinyllm.lock import FolderLock
 from tinyllm.ranks import decide_on_first
-from tinyllm.resume import chosen, flat, newest, parse_choice, trim_log
 from tinyllm.report.settings import REPORT_ONLY
+from tinyllm.resume import chosen, flat, newest, parse_choice, trim_log
 from tinyllm.settings import Settings
 
 ANEW = (

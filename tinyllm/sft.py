@@ -19,12 +19,14 @@ from tinyllm.finish import finish, show_samples
 from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters
 from tinyllm.preview import marks_for, preview
-from tinyllm.progress import LogFile, Progress
+from tinyllm.progress import EvaluateBefore, LogFile, Progress
 from tinyllm.resume import loss_before_training
 from tinyllm.row_search import find_rows
 from tinyllm.run import Run, open_run
 from tinyllm.run_folder import LOG_FILE
+from tinyllm.saved_adapter import CheckSavedAdapter
 from tinyllm.settings import USUAL_MAX_LENGTH, Settings
+from tinyllm.sharded import is_sharded, num_elements
 from tinyllm.trainer import SftTrainer
 from tinyllm.verify_resume import verify_resume
 
@@ -62,7 +64,8 @@ def load_model(settings: Settings):
     chat_format = chat_format_of(tokenizer)
     if not had_template:
         say("the base brings no chat template: it gets the <|system|> <|user|> <|assistant|> one")
-    say(f"base: {base.base_model_path}, {model.num_parameters():,} parameters, {dtype}")
+    size = sum(num_elements(parameter) for parameter in model.parameters())
+    say(f"base: {base.base_model_path}, {size:,} parameters, {dtype}")
     return model, tokenizer, chat_format
 
 
@@ -97,6 +100,9 @@ def prepare_model(settings: Settings, model):
     """LoRA around the base, or the base itself with every weight trainable."""
     if not settings.lora.use_lora:
         return model
+    if is_sharded(settings.training) and settings.lora.fast_lora:
+        # ZeRO-3 fetches a weight when its own module is called, which the faster path does not do
+        settings.lora.fast_lora = False
     torch.manual_seed(settings.training.seed)
     lora = add_lora(model, settings.lora)
     lora.peft_config["default"].base_model_name_or_path = settings.base.base_model_path
@@ -109,7 +115,7 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
 
     trainer = SftTrainer(
         model, settings.training, data.train, data.held_out, tokenizer, max_length,
-        callbacks=[LogFile(settings.output_dir / LOG_FILE), Progress()],
+        callbacks=[LogFile(settings.output_dir / LOG_FILE), Progress(), CheckSavedAdapter()],
     )  # fmt: skip
     trainer.find_rows = partial(find_rows, settings.data, tokenizer, max_length)
     trainer.remove_callback(ProgressCallback)
@@ -142,10 +148,9 @@ def train(trainer: SftTrainer, run: Run) -> dict:
 
 def _train(trainer: SftTrainer, run: Run) -> dict:
     has_held_out = trainer.eval_dataset is not None
-    before = loss_before_training(run.folder / LOG_FILE)
+    before = EvaluateBefore(trainer, loss_before_training(run.folder / LOG_FILE))
     if has_held_out and run.resume_from is None:
-        before = trainer.evaluate()["eval_loss"]
-        say(f"before training: held-out loss {before:.4f}")
+        before.evaluate()
     with run.stop.defer():
         output = trainer.train(resume_from_checkpoint=run.resume_from)
     trainer.save_metrics("train", output.metrics)
@@ -158,7 +163,7 @@ def _train(trainer: SftTrainer, run: Run) -> dict:
         "epoch": trainer.state.epoch,
         "train_loss": output.training_loss,
         "train_runtime": output.metrics["train_runtime"],
-        "eval_loss_before": before,
+        "eval_loss_before": before.loss,
         "eval_loss": after.get("eval_loss"),
     }
 

@@ -7,14 +7,19 @@ model is an empty tensor, so that saving it as usual writes an empty adapter.
 from __future__ import annotations
 
 import torch
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import TrainingArguments
 
 from tinyllm import ranks
 
 
-def is_sharded() -> bool:
-    """Whether this process trains with ZeRO-3."""
-    return is_deepspeed_zero3_enabled()
+def zero_stage(args: TrainingArguments) -> int:
+    """DeepSpeed's ZeRO stage; 0 also without DeepSpeed."""
+    return int(args.deepspeed_plugin.zero_stage) if args.deepspeed_plugin is not None else 0
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether a training spreads the weights themselves (ZeRO-3)."""
+    return zero_stage(args) == 3
 
 
 def num_elements(parameter: torch.nn.Parameter) -> int:
@@ -27,7 +32,7 @@ def whole_state(model) -> dict[str, torch.Tensor] | None:
 
     Every rank must call this.
     """
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
