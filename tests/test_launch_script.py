@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from test_scripts import clone, fake_tools, start  # noqa: F401  (clone is a fixture)
+from test_scripts import clone, fake_tools, start  # noqa: F401
 
 
 class Machine:
     """A machine with given tools; ``launch`` is what would be started on it, and what is said."""
 
     def __init__(
-        self, clone: Path, folder: Path, gpus=0, torch_gpus=None, bf16=1, deepspeed="", **tools
+        self, repository: Path, folder: Path, gpus=0, torch_gpus=None, bf16=1, deepspeed="", **tools
     ):
         seen = gpus if torch_gpus is None else torch_gpus
         probe = f"gpus={seen}\\nbf16={bf16}\\ntorch=9.9\\ndeepspeed={deepspeed}\\n"
@@ -28,7 +28,7 @@ echo "asked: $TINYLLM_LAUNCH"
         if gpus:
             tools["nvidia-smi"] = "".join(f'echo "GPU {n}: one"\n' for n in range(gpus))
         tools.setdefault("nproc", "echo 8")
-        self.clone, self.path = clone, fake_tools(folder / "bin", python3=python, **tools)
+        self.repository, self.path = repository, fake_tools(folder / "bin", python3=python, **tools)
 
     def launch(self, *words: str, **variables: str):
         variables = {
@@ -36,7 +36,7 @@ echo "asked: $TINYLLM_LAUNCH"
             "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
             "OMP_NUM_THREADS": "",
         } | variables
-        return start(self.clone / "script/sft_lora.sh", *words, path=self.path, **variables)
+        return start(self.repository / "script/sft_lora.sh", *words, path=self.path, **variables)
 
 
 @pytest.fixture
