@@ -35,18 +35,27 @@ def check_start(settings: Settings) -> list[str]:
     check_processes(plan, args.world_size, args.use_cpu)
     check_device(plan, args.device)
     check_precision(settings, plan)
-    notes = []
-    if args.n_gpu > 1:
-        # transformers would cut every batch over the GPUs of one process (DataParallel)
-        notes = [f"{args.n_gpu} GPUs found, one is used; ./script/sft_lora.sh uses all of them"]
-        args._n_gpu = 1
-    if plan.engine == "deepspeed" or args.deepspeed:
+    notes = use_one_gpu(args)
+    if args.deepspeed_plugin is not None:
         from tinyllm.deepspeed_ops import avoid_compiling
 
         check_deepspeed(settings)
         notes += avoid_compiling(args.deepspeed_plugin.deepspeed_config)
     _check_agreement("settings", _digest(_shared_settings(settings)))
     return notes
+
+
+def use_one_gpu(args) -> list[str]:
+    """Of several GPUs in one process take the first, and say so.
+
+    transformers would wrap the model in DataParallel, which cuts every tensor along its first
+    dimension; our batches have no such dimension.
+    """
+    if args.n_gpu <= 1:
+        return []
+    note = f"{args.n_gpu} GPUs found, one is used; ./script/sft_lora.sh uses all of them"
+    args._n_gpu = 1
+    return [note]
 
 
 def check_device(plan: Plan, device: torch.device) -> None:
