@@ -115,7 +115,9 @@ def test_a_rank_without_rows_adds_nothing(tokenizer, base_folder, data_file, tmp
 
     from tinyllm.command_line import parse_settings
 
-    settings, _ = parse_settings(train_arguments(base_folder, data_file, tmp_path))
+    settings, _ = parse_settings(
+        train_arguments(base_folder, data_file, tmp_path, "--eval_strategy", "no")
+    )
     model = add_lora(make_model(), settings.lora).train()
     trainer = SftTrainer(model, settings.training, encoded(tokenizer), None, tokenizer, 64)
     empty = collate([])

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 
-from tinyllm.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, run_program
+from tinyllm.errors import EXIT_USER_ERROR, UserError, run_program
 
 
 def main(words: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(words: list[str] | None = None) -> int:
 
 def explain(rank: int, exit_code: int) -> int:
     """Say how a process ended, unless it said so itself; returns the exit code to pass on."""
-    if exit_code in (EXIT_USER_ERROR, EXIT_INTERRUPTED):
+    if exit_code == EXIT_USER_ERROR or exit_code > 128:  # our own, or 128 + a signal it has handled
         return exit_code
     if exit_code < 0:
         name = signal.Signals(-exit_code).name

@@ -80,6 +80,7 @@ class Training:
         learned: share of the tokens that are supervised, and so have logits.
         stage: ZeRO stage 0 to 3, None without DeepSpeed.
         dropout: whether the LoRA layers have dropout.
+        mask_bytes: of one element of a dropout mask; PyTorch keeps a byte on a GPU, a float on a CPU.
     """
 
     tokens: int
@@ -90,6 +91,7 @@ class Training:
     stage: int | None = None
     offload: bool = False
     dropout: bool = True
+    mask_bytes: int = 1
 
     @property
     def whole_logits(self) -> bool:
@@ -137,7 +139,8 @@ def activations_per_token(shape: Shape, how: Training) -> float:
     attention = size * (2 * shape.width + 2 * shape.kv_width)  # query, output, key, value
     mlp = size * 3 * i  # gate, its activation, up
     if how.dropout or size != FLOAT:
-        inputs = (FLOAT + how.dropout) * sum(inner for inner, _ in shape.linears)
+        mask = how.mask_bytes if how.dropout else 0
+        inputs = (FLOAT + mask) * sum(inner for inner, _ in shape.linears)
     else:  # what q, k, v share, what gate and up share; the other two are kept already or once
         inputs = FLOAT * (2 * h + i)
     return norms + attention + mlp + inputs + FLOAT * how.r * len(shape.linears)
