@@ -1,4 +1,4 @@
-"""Is the estimate of ``python -m tinyllm.memory`` right?  Peak memory of real steps, on the CPU.
+"""Is the estimate of ``python -m tinyllm.gpu_memory`` right?  Peak memory of real steps, on the CPU.
 
     python benchmarks/memory_check.py
 
