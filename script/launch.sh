@@ -40,6 +40,8 @@ check_variables() {
 
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: given, or read from a SLURM step with one task a node.
 find_nodes() {
+    [[ ${WORLD_SIZE:-1} == 1 ]] ||
+        fail "WORLD_SIZE=$WORLD_SIZE is set, but this script starts the processes itself: use NPROC and NNODES, and unset WORLD_SIZE and RANK"
     if [[ -z ${NNODES:-} && ${SLURM_NNODES:-1} -gt 1 ]]; then
         [[ ${SLURM_STEP_NUM_TASKS:-1} == "$SLURM_NNODES" ]] ||
             fail "this SLURM job has $SLURM_NNODES nodes: start one task on each with srun --ntasks-per-node=1 ./script/sft_lora.sh (or set NNODES=1 to use this node alone)"

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, make_model, train_arguments
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import sft_lora
-from tinyllm import deepspeed_ops, launch_check
+from tinyllm import deepspeed_ops, errors, launch_check
 from tinyllm.batches import collate, nothing_to_learn
 from tinyllm.errors import UserError
 from tinyllm.finish import write_adapter
@@ -181,6 +181,24 @@ def test_locks_of_interrupted_compilations_are_removed(tmp_path):
     assert not (old / "lock").exists() and (new / "lock").exists()
     assert any("removed" in note for note in notes) and any("delete" in note for note in notes)
     assert deepspeed_ops.clear_locks(tmp_path / "nowhere") == []
+
+
+def test_processes_that_fail_alike_say_it_once(monkeypatch, tmp_path, capsys):
+    def fail(message):
+        def main():
+            raise UserError(message)
+
+        return errors.run_program(main)
+
+    monkeypatch.setattr(errors.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert [fail("a"), fail("a")] == [2, 2]  # alone
+    assert capsys.readouterr().err == "error: a\nerror: a\n"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert [fail("a"), fail("b"), fail("a")] == [2, 2, 2]
+    assert capsys.readouterr().err == "error: a\nerror: b\n"
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    assert fail("a") == 2 and capsys.readouterr().err == "error: a\n"
 
 
 def test_how_processes_end(capsys):

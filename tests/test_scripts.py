@@ -82,6 +82,7 @@ def test_a_failed_step_is_a_non_zero_exit_also_through_tee(clone, base_folder, t
         ("NNODES", "2", "set MASTER_ADDR"),
         ("NODE_RANK", "1", "expected a number from 0 to 0"),
         ("MASTER_PORT", "x", "expected a number"),
+        ("WORLD_SIZE", "8", "starts the processes itself"),
     ],
 )
 def test_bad_variables_are_one_clear_line(clone, base_folder, tmp_path, variable, value, message):

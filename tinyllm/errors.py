@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 SPEAKING_SECONDS = 4
+SAID_SECONDS = 600
 
 
 class UserError(ValueError):
@@ -41,11 +45,23 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.number
 
 
-def _let_rank_zero_speak() -> None:
-    """Of processes that fail alike, the first one's message is enough: it ends the others."""
-    rank = os.environ.get("RANK", "0")
-    if rank.isdigit() and rank != "0":
-        time.sleep(1 + min(0.1 * int(rank), 1))
+def _is_first_to_say(message: str) -> bool:
+    """Whether no other process that the same launcher started on this machine has said so already.
+
+    Processes that fail alike say it once: the first one to make an empty file named after the message.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    text = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {message}"
+    name = f"tinyllm-said-{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:24]}"
+    path = Path(tempfile.gettempdir()) / name
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return time.time() - path.stat().st_mtime > SAID_SECONDS  # of another launch, long ago
+    except OSError:  # said twice is better than not at all
+        return True
+    return True
 
 
 def run_program(main: Callable[[], int | None]) -> int:
@@ -61,8 +77,8 @@ def run_program(main: Callable[[], int | None]) -> int:
             time.sleep(SPEAKING_SECONDS)  # the end of one process ends those that want to speak
         return EXIT_USER_ERROR
     except UserError as error:
-        _let_rank_zero_speak()
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first_to_say(str(error)):
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except Interrupted as stop:
         if int(os.environ.get("RANK", "0")) == 0:
