@@ -87,6 +87,13 @@ def run_program(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except RuntimeError as error:
+        from tinyllm.faults import LOST_PROCESS, lost_process
+
+        if not lost_process(error):
+            raise
+        print(f"error: {LOST_PROCESS}; run the same command again", file=sys.stderr)
+        return EXIT_USER_ERROR
     except BrokenPipeError:
         # the reader (head, less) has gone: leave quietly, and keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,6 +24,7 @@ OTHER_RANK = re.compile(
     r"Connection (closed|reset) by peer|NCCL|gloo|Broken pipe|socket|DistBackend|Timed out waiting",
     re.I,
 )
+LOST_PROCESS = "another process of this run has ended, see its message"
 
 
 def storage_problem(error: BaseException) -> str | None:
@@ -87,7 +88,7 @@ def _line_for(error: Exception, folder: Path, settings) -> str | None:
         name = getattr(error, "filename", None)
         return f"{name or folder}: cannot be written: {reason}; {go_on(folder)}"
     if lost_process(error):
-        return f"another process of this run has ended, see its message; {go_on(folder)}"
+        return f"{LOST_PROCESS}; {go_on(folder)}"
     return None
 
 

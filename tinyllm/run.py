@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from tinyllm import checkpoint, run_folder
+from tinyllm.base import read_json
 from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.fingerprint import fingerprint
@@ -103,6 +106,7 @@ def _claim(run: Run, settings: Settings, data: Data) -> tuple[bool, str | None]:
     if anew or (choice is False and run_folder.look(folder).status == "running"):
         _move_aside(run, say)
     resume_from = _resume_from(run, choice, say)
+    _say_other_versions(folder, say)
     with run_folder.clear_if_unwritable(folder):
         run_folder.create(folder)
         run_folder.remove_leftovers(folder)
@@ -125,6 +129,20 @@ def _is_finished(run: Run, say) -> bool:
     if found.status == "finished":
         say(f"{run.folder} already holds this very run, finished: nothing to do; {ANEW}")
     return found.status == "finished"
+
+
+def _say_other_versions(folder: Path, say) -> None:
+    """Libraries and threads decide about the last bits: a change is said, and allowed."""
+    if run_folder.look(folder).status != "running":
+        return
+    before = read_json(folder / run_folder.RUN_FILE).get("versions", {})
+    if changed := run_folder.difference(before, versions()):
+        say(f"note: {changed} since this run began; the last bits of the result may differ")
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute, and the number of threads they use."""
+    return {name: version(name) for name in PACKAGES} | {"threads": str(torch.get_num_threads())}
 
 
 def _take_lock(folder: Path) -> FolderLock:
@@ -209,7 +227,7 @@ def write_run_file(run: Run, status: str, **more) -> None:
         "status": status,
         "identity": run.identity,
         "settings": run.settings,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         **more,
     }
     run_folder.write_json(run.folder / run_folder.RUN_FILE, content)

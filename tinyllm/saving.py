@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from tinyllm import checkpoint
 from tinyllm.errors import AlreadyTold, Interrupted, UserError
 from tinyllm.faults import storage_problem
 from tinyllm.interrupt import NeverStop
+from tinyllm.keeper import Keeper
 from tinyllm.pickles import weights_only
 from tinyllm.random_state import RandomState
 
@@ -38,7 +39,7 @@ class SavingTrainer(Trainer):
         self.stop = NeverStop()
         self.random_state: RandomState | None = None
         self.saved_step, self.unevaluated, self.seconds_before = 0, False, 0.0
-        self.add_callback(_Keeper(self))
+        self.add_callback(Keeper(self))
 
     # saving
 
@@ -236,38 +237,3 @@ class SavingTrainer(Trainer):
     def is_last_of_epoch(self) -> bool:
         """Whether the step just done ends an epoch."""
         return self.state.global_step % len(self.callback_handler.train_dataloader) == 0
-
-
-class _Keeper(TrainerCallback):
-    """Looks after what is saved, at the moments that the Trainer offers."""
-
-    def __init__(self, trainer: SavingTrainer) -> None:
-        self.trainer, self.stopping = trainer, False
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer._started = time.time()
-        self.trainer._restore_loss_state()
-        self.trainer.random_state = RandomState()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        trainer = self.trainer
-        trainer.random_state = RandomState()
-        at_epoch_end = args.eval_strategy == "epoch" and (
-            trainer.is_last_of_epoch() or control.should_training_stop
-        )
-        trainer.unevaluated = at_epoch_end
-        if trainer.stop_wanted():
-            # a due evaluation may take long: it is made after the run goes on
-            self.stopping = True
-            trainer.unevaluated = at_epoch_end or control.should_evaluate
-            control.should_evaluate, control.should_save = False, True
-
-    def on_evaluate(self, args, state, control, **kwargs) -> None:
-        self.trainer.unevaluated = False
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if self.stopping:
-            target = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            raise Interrupted(
-                self.trainer.stop.signal, f"at step {state.global_step}, saved {target}"
-            )
