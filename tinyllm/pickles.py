@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 PICKLES = (".pt", ".pth", ".bin")
+# Written in torch's old format, which cannot be looked through; weights_only has to do.
+DEEPSPEED_FOLDER = re.compile(r"global_step\d+/")
 # Classes without side effects: numpy's random state, and what DeepSpeed keeps beside its tensors.
 NUMPY = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct",
          "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType")  # fmt: skip
@@ -30,9 +33,9 @@ def unsafe_pickle(folder: Path, files: Iterable[Path]) -> str | None:
     import torch
 
     for path in files:
-        if path.suffix not in PICKLES:
-            continue
         name = path.relative_to(folder).as_posix()
+        if path.suffix not in PICKLES or DEEPSPEED_FOLDER.match(name):
+            continue
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         except Exception as error:  # whatever it is, it is no file of torch's
