@@ -34,7 +34,6 @@ WITHOUT_EFFECT = {
     "per_device_eval_batch_size", "num_sample_replies", "save_full_model", "eval_dataset",
     "eval_share", "base_model_path", "dataset", "data_cache", "preview", "local_rank",
     "eval_steps", "eval_strategy", "verify_resume", "dataloader_num_workers", "ddp_timeout",
-    "chunked_loss",
 } | REPORT_ONLY  # fmt: skip
 # They decide which checkpoint is the best, when the best one is what comes out.
 CHOOSE_THE_BEST = {"eval_steps", "eval_strategy", "save_steps", "save_strategy", "eval_dataset"}
