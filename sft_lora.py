@@ -37,14 +37,17 @@ def main(argv: list[str] | None = None) -> int:
         return sft.verify_resume(settings, data, max_length)
     # 4. LoRA around the base
     model = sft.prepare_model(settings, model)
+    if settings.run.dry_run:
+        sft.dry_run(settings, model, tokenizer, data, max_length)
+        return 0
     # 5. what this run is, and what the run folder already holds
     with sft.open_run(settings, tokenizer, data) as run:
         if run.already_finished:
             return 0
         # 6. train, evaluating on the held-out rows
         trainer = sft.build_trainer(settings, model, tokenizer, data, max_length)
-        sft.print_plan(settings, trainer, data)
-        results = sft.train(trainer, run)
+        plan = sft.print_plan(settings, trainer, data)
+        results = sft.train(trainer, run) | {"plan": plan}
         # 7. the run folder: adapter, tokenizer, results, model card
         sft.finish(settings, trainer, run, data, results)
     # 8. what came out

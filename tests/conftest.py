@@ -107,7 +107,8 @@ def train_arguments(base: Path, data: Path, output: Path, *more: str) -> list[st
         "--use_cpu", "True", "--per_device_train_batch_size", "2",
         "--gradient_accumulation_steps", "1", "--num_train_epochs", "2", "--eval_share", "0.2",
         "--lora_r", "4", "--learning_rate", "5e-3", "--num_sample_replies", "1",
-        "--disable_tqdm", "True", "--report", "False", "--report_to", "none", *more,
+        "--disable_tqdm", "True", "--report", "False", "--report_to", "none",
+        "--eval_replies", "0", *more,
     ]  # fmt: skip
 
 
@@ -117,5 +118,12 @@ def finished_run(tmp_path_factory, base_folder, data_file) -> Path:
     import sft_lora
 
     output = tmp_path_factory.mktemp("runs") / "run"
-    assert sft_lora.main(train_arguments(base_folder, data_file, output, "--report", "True")) == 0
+    assert (
+        sft_lora.main(
+            train_arguments(
+                base_folder, data_file, output, "--report", "True", "--eval_replies", "1"
+            )
+        )
+        == 0
+    )
     return output

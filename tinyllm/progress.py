@@ -1,22 +1,34 @@
-"""What a run says while it trains: one bar, one line an evaluation, one log file."""
+"""What a run says while it trains: one bar, one line an evaluation, replies, one log file."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from tinyllm.report.replies import Question, reply_to_all
 from tinyllm.sharded import is_sharded
+
+REPLY_TOKENS = 48
 
 
 class Progress(TrainerCallback):
-    """A progress bar with loss and learning rate on rank 0."""
+    """A progress bar with losses, learning rate, speed and remaining time, on rank 0.
 
-    def __init__(self) -> None:
+    Args:
+        tokens_per_step: mean number of tokens of an optimizer step, over all processes.
+    """
+
+    def __init__(self, tokens_per_step: float = 0.0) -> None:
         self.bar: tqdm | None = None
+        self.tokens_per_step = tokens_per_step
+        self.numbers: dict[str, str] = {}
+        self.busy, self.steps, self.begun = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
@@ -27,19 +39,30 @@ class Progress(TrainerCallback):
                 mininterval=pace, maxinterval=pace, dynamic_ncols=True,
             )  # fmt: skip
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.begun = time.perf_counter()
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.busy += time.perf_counter() - self.begun  # evaluations and checkpoints not counted
+        self.steps += 1
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix(
-                loss=f"{float(logs['loss']):.3f}", lr=f"{float(logs['learning_rate']):.1e}",
-                refresh=False,
-            )  # fmt: skip
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        self.numbers |= {
+            "loss": f"{float(logs['loss']):.3f}", "lr": f"{float(logs['learning_rate']):.1e}",
+        }  # fmt: skip
+        if self.tokens_per_step and self.busy:
+            self.numbers["tok/s"] = f"{self.tokens_per_step * self.steps / self.busy:,.0f}"
+            self.busy, self.steps = 0.0, 0
+        self.bar.set_postfix(self.numbers, refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         if self.bar is not None and metrics and "eval_loss" in metrics:
+            self.numbers["held-out"] = f"{metrics['eval_loss']:.3f}"
+            self.bar.set_postfix(self.numbers, refresh=False)
             self.bar.write(
                 f"epoch {state.epoch:.2f}: held-out loss {metrics['eval_loss']:.4f}",
                 file=sys.stderr,
@@ -63,8 +86,7 @@ class LogFile(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero and state.log_history:
-            with self.path.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(state.log_history[-1]) + "\n")
+            append_line(self.path, state.log_history[-1])
 
 
 class EvaluateBefore(TrainerCallback):
@@ -87,3 +109,85 @@ class EvaluateBefore(TrainerCallback):
         self.loss = self.trainer.evaluate()["eval_loss"]
         if self.trainer.is_world_process_zero():
             print(f"before training: held-out loss {self.loss:.4f}", file=sys.stderr, flush=True)
+
+
+class EvalReplies(TrainerCallback):
+    """Answers the same few questions at every evaluation, on rank 0: to the screen and to a file.
+
+    Args:
+        path: gets one JSON line a reply; lines of steps that are trained again are taken out.
+    """
+
+    def __init__(self, path: Path, questions: list[Question], chat_format) -> None:
+        self.path, self.questions, self.chat_format = path, questions, chat_format
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, **kw) -> None:
+        if not state.is_world_process_zero or not self.questions:
+            return
+        was_training = model.training
+        model.eval()
+        replies = reply_to_all(
+            model, processing_class, self.chat_format, self.questions, REPLY_TOKENS
+        )
+        model.train(was_training)
+        for question, reply in zip(self.questions, replies, strict=True):
+            append_line(self.path, {"step": state.global_step, "question": question.text, **reply})
+            end = "" if reply["stopped"] else " ..."
+            tqdm.write(f"  {question.text} → {reply['text']}{end}", file=sys.stderr)
+
+
+class EarlyStopping(TrainerCallback):
+    """Stops when the held-out loss has not become better for some evaluations.
+
+    It looks at the logged history alone, so that a resumed run stops where an uninterrupted one does.
+    """
+
+    def __init__(self, patience: int, threshold: float) -> None:
+        self.patience, self.threshold = patience, threshold
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        losses = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] > 0]
+        waited = evaluations_without_gain(losses, self.threshold)
+        if losses and waited >= self.patience:
+            control.should_training_stop = True
+            if state.is_world_process_zero and state.global_step < state.max_steps:
+                tqdm.write(
+                    f"stopped early at step {state.global_step}: no better held-out loss for "
+                    f"{waited} evaluations (best {min(losses):.4f})", file=sys.stderr,
+                )  # fmt: skip
+
+
+def evaluations_without_gain(losses: list[float], threshold: float) -> int:
+    """How many evaluations lie behind the last one that was better by more than ``threshold``."""
+    best, waited = float("inf"), 0
+    for loss in losses:
+        if loss < best - threshold:
+            best, waited = loss, 0
+        else:
+            waited += 1
+    return waited
+
+
+class Lineage(TrainerCallback):
+    """Notes each start of the training: when, and from which step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            append_line(self.path, {"started": now, "after_step": state.global_step})
+
+
+def append_line(path: Path, content: dict) -> None:
+    """Add one JSON line to a file."""
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(content, ensure_ascii=False) + "\n")

@@ -31,6 +31,8 @@ RESULT_FILES = (
     LOG_FILE,
 )
 REPORT_FILES = ("report.html", "metrics.json")
+REPLIES = "eval_replies.jsonl"
+LINEAGE = "lineage.jsonl"
 MODEL_CARD = "README.md"
 FULL_MODEL = "pytorch_model.bin"
 
@@ -39,10 +41,10 @@ NAMED = 3  # differences that are told in full
 
 # What a LoRA run with a held-out set leaves beside its checkpoint-N folders.
 FINAL_FILES = (
-    *ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, *REPORT_FILES, DATA_REPORT, MODEL_CARD, RUN_FILE,
+    *ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, *REPORT_FILES, LINEAGE, DATA_REPORT, MODEL_CARD, RUN_FILE,
 )  # fmt: skip
 # What it may leave besides: a picture (with matplotlib), logs of TensorBoard, replies on the way.
-OPTIONAL_FILES = ("training_loss.png", "runs", "eval_replies.jsonl", "merge_certificate.json")
+OPTIONAL_FILES = ("training_loss.png", "runs", REPLIES, "merge_certificate.json")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT
 from tinyllm.errors import UserError
 from tinyllm.formats import KNOWN_COLUMNS
-from tinyllm.report.settings import ReportSettings
+from tinyllm.report.settings import ReportSettings, loggers
 
 EMBEDDED_BASE = "outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model"
 DEFAULT_RUN = "outputs/ckpt/sft_lora_tiny_llm_16m_epoch3"
@@ -231,7 +231,16 @@ class SftArguments(TrainingArguments):
     chunked_loss: bool = setting(
         True, "Compute the loss under a frozen head a few positions at a time; False all at once."
     )
+    report_to: str | list[str] | None = setting(
+        "auto",
+        "Loggers: tensorboard, wandb, swanlab, trackio, mlflow, ..., none; auto is tensorboard where "
+        "it is installed.",
+    )
     logging_nan_inf_filter: bool = setting(False, "Hide NaN losses from the log (never do).")
+
+    def __post_init__(self) -> None:
+        self.report_to = loggers(self.report_to)
+        super().__post_init__()
 
 
 @dataclass

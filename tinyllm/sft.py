@@ -18,8 +18,11 @@ from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
 from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters
+from tinyllm.memory import peak_bytes
+from tinyllm.plan import describe as describe_plan
+from tinyllm.plan import leaving_no_folder, make_plan
 from tinyllm.preview import marks_for, preview
-from tinyllm.progress import EvaluateBefore, LogFile, Progress
+from tinyllm.progress import EvaluateBefore
 from tinyllm.resume import loss_before_training
 from tinyllm.row_search import find_rows
 from tinyllm.run import Run, open_run
@@ -29,10 +32,22 @@ from tinyllm.settings import USUAL_MAX_LENGTH, Settings
 from tinyllm.sharded import is_sharded, num_elements
 from tinyllm.trainer import SftTrainer
 from tinyllm.verify_resume import verify_resume
+from tinyllm.watchers import watchers
 
 __all__ = [
-    "build_trainer", "check_start", "finish", "load_examples", "load_model", "open_run", "prepare_model",
-    "print_plan", "say_once", "show_preview", "show_samples", "train",
+    "build_trainer",
+    "check_start",
+    "dry_run",
+    "finish",
+    "load_examples",
+    "load_model",
+    "open_run",
+    "prepare_model",
+    "print_plan",
+    "say_once",
+    "show_preview",
+    "show_samples",
+    "train",
     "verify_resume",
 ]  # fmt: skip
 
@@ -115,7 +130,7 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
 
     trainer = SftTrainer(
         model, settings.training, data.train, data.held_out, tokenizer, max_length,
-        callbacks=[LogFile(settings.output_dir / LOG_FILE), Progress(), CheckSavedAdapter()],
+        callbacks=[*watchers(settings, tokenizer, data), CheckSavedAdapter()],
     )  # fmt: skip
     trainer.find_rows = partial(find_rows, settings.data, tokenizer, max_length)
     trainer.remove_callback(ProgressCallback)
@@ -124,19 +139,19 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
     return trainer
 
 
-def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> None:
-    """Say what is about to happen, in numbers."""
-    args, (trainable, total) = settings.training, count_parameters(trainer.model)
-    ranks = trainer.accelerator.num_processes
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    per_epoch = -(-len(data.train) // batch)
-    steps = args.max_steps if args.max_steps > 0 else round(per_epoch * args.num_train_epochs)
-    say(
-        f"plan: {steps} steps of {batch} examples ({args.per_device_train_batch_size} rows x "
-        f"{args.gradient_accumulation_steps} accumulated x {ranks} process(es)), "
-        f"{trainable:,} of {total:,} parameters trained, on {trainer.args.device}\n"
-        f"run folder: {settings.output_dir}"
-    )
+def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> dict:
+    """Say what is about to happen, in numbers; returns them."""
+    plan = make_plan(settings, trainer, data)
+    say(describe_plan(plan, settings, trainer))
+    return plan.to_json()
+
+
+def dry_run(settings: Settings, model, tokenizer, data: Data, max_length: int) -> None:
+    """Print the plan of a run that is not started; no folder is left behind."""
+    settings.training.report_to = []
+    with leaving_no_folder(settings.output_dir):
+        print_plan(settings, build_trainer(settings, model, tokenizer, data, max_length), data)
+    say("dry run: nothing was trained or written")
 
 
 def train(trainer: SftTrainer, run: Run) -> dict:
@@ -153,6 +168,7 @@ def _train(trainer: SftTrainer, run: Run) -> dict:
         before.evaluate()
     with run.stop.defer():
         output = trainer.train(resume_from_checkpoint=run.resume_from)
+    peak = peak_bytes(trainer.args.device)  # before anything is saved or measured
     trainer.save_metrics("train", output.metrics)
     after = last_evaluation(trainer) if has_held_out else {}
     if after:
@@ -165,12 +181,17 @@ def _train(trainer: SftTrainer, run: Run) -> dict:
         "train_runtime": output.metrics["train_runtime"],
         "eval_loss_before": before.loss,
         "eval_loss": after.get("eval_loss"),
+        "peak_memory_bytes": peak,
+        "parameters": count_parameters(trainer.model)[0],
+        "device": str(trainer.args.device),
     }
 
 
 def last_evaluation(trainer: SftTrainer) -> dict:
     """The evaluation of the final weights: the one after the last step, or a new one."""
     state = trainer.state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        return trainer.evaluate()  # the best weights are back, the last entry is of the last ones
     for entry in reversed(state.log_history):
         if entry["step"] == state.global_step and "eval_loss" in entry:
             return {name: value for name, value in entry.items() if name != "step"}

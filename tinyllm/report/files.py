@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tinyllm import run_folder
@@ -13,7 +14,6 @@ METRICS = "metrics.json"
 PAGE = "report.html"
 PLOT = "training_loss.png"
 MERGE_CERTIFICATE = "merge_certificate.json"
-SAMPLES = "eval_replies.jsonl"
 FORMAT = 1
 CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -45,7 +45,7 @@ def build_metrics(folder: Path, evidence: dict, run: dict | None = None) -> dict
         "identity": run["identity"],
         "versions": run.get("versions", {}),
         "plan": run["results"].get("plan"),
-        "lineage": run.get("lineage") or [],
+        "lineage": read_lineage(folder),
         "merge_certificate": optional_json(folder / MERGE_CERTIFICATE),
     }
 
@@ -95,6 +95,14 @@ def ledger_lines(folder: Path) -> list[dict]:
     names = ("file", "part", "num_read", "num_kept", "num_refused", "num_dropped",
              "num_shortened", "num_duplicates", "num_held_out")  # fmt: skip
     return [{name: file.get(name) for name in names} for file in report.get("files", [])]
+
+
+def read_lineage(folder: Path) -> list[dict]:
+    """When the training was started, and after which step, each time."""
+    path = folder / run_folder.LINEAGE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def optional_json(path: Path) -> dict | None:

@@ -152,11 +152,14 @@ def ledger(metrics: dict, words: dict) -> str:
 
 def lineage(metrics: dict, words: dict) -> str:
     """Where the run was interrupted and taken up again."""
-    if not metrics["lineage"]:
+    found = metrics["lineage"]
+    if len(found) < 2:
         return f"<p>{escape(words['no_lineage'])}</p>"
-    return "".join(
-        listing(one if isinstance(one, dict) else {"": one}) for one in metrics["lineage"]
-    )
+    rows = [
+        [escape(one["started"]), number(metrics, f"lineage.{place}.after_step", "plain")]
+        for place, one in enumerate(found)
+    ]
+    return table([words["started"], words["after_step"]], rows)
 
 
 def settings(metrics: dict, words: dict) -> str:

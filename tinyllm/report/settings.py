@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tinyllm.errors import UserError
 
+LOGGERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
 LANGUAGES = ("zh", "en")
 # Settings that change nothing about the weights that come out.
 REPORT_ONLY = {
@@ -64,6 +66,22 @@ class ReportSettings:
             )
         if self.probe_prompts:
             read_prompts(self.probe_prompts)
+
+
+def loggers(names: str | list[str] | None) -> list[str]:
+    """The loggers asked for; ``auto`` is TensorBoard where it is installed.
+
+    Raises:
+        UserError: the package of one is missing.
+    """
+    names = [names] if isinstance(names, str) else list(names or [])
+    names = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    if names == ["auto"]:
+        names = ["tensorboard"] if importlib.util.find_spec("tensorboard") else ["none"]
+    for name in names:
+        if name in LOGGERS and importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
+    return names or ["none"]
 
 
 def read_prompts(path: str) -> list[str]:
