@@ -231,8 +231,8 @@ class SftArguments(TrainingArguments):
     chunked_loss: bool = setting(
         True, "Compute the loss under a frozen head a few positions at a time; False all at once."
     )
-    report_to: str | list[str] | None = setting(
-        "auto",
+    report_to: list[str] = setting(
+        ["auto"],
         "Loggers: tensorboard, wandb, swanlab, trackio, mlflow, ..., none; auto is tensorboard where "
         "it is installed.",
     )
