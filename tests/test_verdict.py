@@ -140,7 +140,8 @@ def test_learning_rate_zero(run, speaker):
 def test_far_too_few_steps(run, speaker, rate, level):
     short = run(encode(TRAIN, speaker[1]), "--max_steps", "2", "--learning_rate", rate)
     assert short.level == level, short.verdict
-    assert short.reasons == [{"not_at_all": "no_drop", "barely": "small_drop"}[level], "few_steps"]
+    reason = {"not_at_all": "no_drop", "barely": "small_drop"}[level]
+    assert short.reasons == [reason, "few_steps"]
 
 
 def test_shuffled_answers(run, speaker):
@@ -267,7 +268,15 @@ def test_remarks(good):
     worse_general(good)
     good.training["num_steps"] = 3
     good.evidence["supervision"].update(with_stop=0.5, with_markers=0.2)
-    assert {"forgot", "few_steps", "rows_without_stop", "markers_learned"} <= set(good.reasons)
+    good.evidence["held_out"]["rows"], good.evidence["num_also_trained"] = 5, 2
+    assert {
+        "few_rows",
+        "also_trained",
+        "forgot",
+        "few_steps",
+        "rows_without_stop",
+        "markers_learned",
+    } <= set(good.reasons)
 
 
 @pytest.mark.parametrize("lang", ["zh", "en"])

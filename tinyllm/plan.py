@@ -133,6 +133,8 @@ def calibrate(trainer, train) -> tuple[float, float]:
     small = _on_device(next(split(batch, 1)), args.device)
     devices = [args.device] if args.device.type == "cuda" else []
     was_training = trainer.model.training
+    if args.gradient_checkpointing:  # as the Trainer does when it starts
+        trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
     trainer.model.train()
     try:
         with torch.random.fork_rng(devices):

@@ -61,9 +61,9 @@ def settings_of(run: dict, folder: Path) -> Settings:
         output_dir=str(folder), use_cpu=not torch.cuda.is_available(), seed=saved.get("seed", 42),
         eval_strategy="no", report_to=[],
     )  # fmt: skip
-    run_settings = part(RunSettings)
-    run_settings.preview = 1  # rows to look at, none to train on: no held-out rows are required
-    return Settings(part(BaseSettings), LoraSettings(), part(DataSettings), run_settings, arguments)
+    return Settings(
+        part(BaseSettings), LoraSettings(), part(DataSettings), part(RunSettings), arguments
+    )
 
 
 def load_trained(settings: Settings, folder: Path):

@@ -80,6 +80,7 @@ def measure(model, tokenizer, chat_format, settings: Settings, data: Data) -> di
     evidence["supervision"] = check_supervision(data.train, stops, role_markers(chat_format))
     evidence["num_held_out"] = len(data.held_out) if data.held_out is not None else 0
     evidence["num_train"] = len(data.train)
+    evidence["num_also_trained"] = data.ledger.overlap.number
     return evidence | {"seconds": time.monotonic() - started}
 
 

@@ -18,6 +18,7 @@ PAST_BEST = 0.05  # how far the held-out loss may end above its best of the run
 TRAIN_GAP = 0.15  # how far the training rows' loss must lie below the held-out one to blame it
 LOW_STOP = 0.2  # mean probability of the end token after a right answer
 FEW_STEPS = 30
+FEW_ROWS = 20  # held-out rows, below which an interval means little
 FORGOT = 0.15  # rise of the loss on general text, relative
 
 
@@ -156,6 +157,11 @@ def _remarks(evidence: dict, training: dict, level: str, said: set[str]) -> list
     remarks = []
     if training["num_steps"] < FEW_STEPS and not said & {"learning_rate_zero", "no_steps"}:
         remarks.append(Reason("few_steps", {"steps": training["num_steps"]}))
+    held_out = evidence["held_out"]
+    if held_out and held_out["rows"] < FEW_ROWS and level != NOT_AT_ALL:
+        remarks.append(Reason("few_rows", {"rows": held_out["rows"]}))
+    if evidence.get("num_also_trained"):
+        remarks.append(Reason("also_trained", {"rows": evidence["num_also_trained"]}))
     supervision = evidence["supervision"]
     if supervision["with_stop"] < 0.99 and not said & {"never_stops", "answers_masked"}:
         remarks.append(Reason("rows_without_stop", _mask_values(supervision)))
