@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from tinyllm.base import TOKENIZER_FILES, load_base, pick_device, pick_dtype, read_json
 from tinyllm.errors import UserError
+from tinyllm.lora_start import refuse_raw
+from tinyllm.vocabulary import fit_vocabulary
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -52,6 +54,7 @@ def read_adapter(path: str | Path) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise UserError(f"{path}: no {CONFIG}, so this is no adapter folder")
     config = read_json(folder / CONFIG)
+    refuse_raw(config, folder)
     for name in (SAFETENSORS, BIN):
         if (folder / name).is_file():
             return Adapter(folder, config, read_weights(folder / name), name)
@@ -148,9 +151,10 @@ def load_adapter_on_base(
     model, tokenizer = load_base(
         base_model_path, pick_dtype(torch_dtype, where), trust_remote_code=trust_remote_code
     )
-    lora = attach_adapter(model, adapter, is_trainable).to(where)
     if any((adapter.path / name).is_file() for name in TOKENIZER_FILES[:2]):
         tokenizer = AutoTokenizer.from_pretrained(adapter.path, trust_remote_code=trust_remote_code)
+        fit_vocabulary(model, tokenizer)
+    lora = attach_adapter(model, adapter, is_trainable).to(where)
     return lora.train(is_trainable), tokenizer
 
 
