@@ -86,8 +86,10 @@ def write_adapter(model, folder: Path, state: dict | None = None) -> None:
     Args:
         state: the trained weights, where the model itself does not hold them whole.
     """
-    model.save_pretrained(folder, safe_serialization=False, state_dict=state)
-    model.save_pretrained(folder, state_dict=state)
+    # the embeddings are the base's; what is trained of them is in the adapter without this
+    options = {"state_dict": state, "save_embedding_layers": False}
+    model.save_pretrained(folder, safe_serialization=False, **options)
+    model.save_pretrained(folder, **options)
     config = read_json(folder / "adapter_config.json")
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])  # a set: its order is random

@@ -44,10 +44,13 @@ def check_saved_adapter(folder: Path, model, learned: bool) -> Adapter:
     """
     adapter = read_adapter(folder)
     expected = {
-        name.replace(".default", ""): num_elements(parameter)
+        file_name(name): num_elements(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name.startswith(KEY_PREFIX) and ".lora_" in name
     }
+    if adapter.config.get("init_lora_weights") is True and getattr(model, "lora_start", None):
+        # the start was taken off, which doubled the rank (lora_start.py)
+        expected |= {name: 2 * expected[name] for name in model.lora_start}
     for name, size in expected.items():
         tensor = adapter.weights.get(name)
         got = None if tensor is None else tensor.numel()
@@ -61,3 +64,8 @@ def check_saved_adapter(folder: Path, model, learned: bool) -> Adapter:
     if learned and not adapter.has_effect:
         raise UserError(f"{folder}: every B matrix is zero after training, so nothing was learned")
     return adapter
+
+
+def file_name(parameter: str) -> str:
+    """A LoRA parameter's name in an adapter file: without the adapter's own, and DoRA's shorter."""
+    return parameter.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
