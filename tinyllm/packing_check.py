@@ -53,6 +53,7 @@ def choose_packing(model) -> Packing:
         why = f"{name}: its attention ({implementation}) is fed packed rows through a mask: slower"
         return Packing(kernel=False, why=why)
     why = f"{name}: examples in one row would see each other, so each is run alone: slower"
+    model.one_by_one = True  # for whoever measures the model later (report/rows.py)
     return Packing(kernel=False, one_by_one=True, why=why)
 
 
