@@ -116,7 +116,7 @@ def test_a_run_on_a_gguf_file(tmp_path, monkeypatch, gguf_file, data_file):
 def test_damaged_files_leave_nothing_behind(tmp_path, gguf_file):
     short = tmp_path / "short.gguf"
     short.write_bytes(gguf_file.read_bytes()[:5000])
-    with pytest.raises(UserError, match="no complete .gguf"):
+    with pytest.raises(UserError, match="no complete"):
         convert_gguf(short, tmp_path / "base")
     unknown = tmp_path / "rule.gguf"
     write_gguf(unknown, make_model(), make_tokenizer(), rule="some-new-rule")
