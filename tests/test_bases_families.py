@@ -67,7 +67,8 @@ def test_three_steps_on_packed_rows_are_those_on_single_ones(tmp_path, family):
     from tinyllm.trainer import SftTrainer
 
     batch = batch_of([9, 21, 14, 4])
-    lora_settings = LoraSettings(lora_r=4, lora_dropout=0.0, lora_target_modules=["all-linear"])
+    targets = ["in_proj", "x_proj"] if family == "mamba" else ["all-linear"]  # peft's own limit
+    lora_settings = LoraSettings(lora_r=4, lora_dropout=0.0, lora_target_modules=targets)
 
     def fresh():
         base = make_family(family)
@@ -81,7 +82,18 @@ def test_three_steps_on_packed_rows_are_those_on_single_ones(tmp_path, family):
         trained = [p for p in lora.parameters() if p.requires_grad]
         return lora, trained, torch.optim.SGD(trained, lr=0.05)
 
-    settings, _ = parse_settings(["--output_dir", str(tmp_path), "--use_cpu", "True"])
+    settings, _ = parse_settings(
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--use_cpu",
+            "True",
+            "--eval_strategy",
+            "no",
+            "--report_to",
+            "none",
+        ]
+    )
     lora, trained, optimizer = fresh()
     trainer = SftTrainer(lora, settings.training, [], None, make_tokenizer(), 64)
     count = int(sum(length - 1 for length in batch["lengths"]))
@@ -121,14 +133,12 @@ def test_a_run_learns_the_answer_and_to_stop(tmp_path, capsys, family):
     """Trained with the base's own template, saved, loaded and merged, it replies and ends by itself."""
     import sft_lora
     from load_lora_model import load_lora_model
+    from tinyllm.base import load_base
     from tinyllm.chat_format import chat_format_of
     from tinyllm.generate import generate_reply
 
     template, markers = SPEAKING[family]
     tokenizer = make_tokenizer()
-    if family == "qwen2":
-        tokenizer = tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer,
-                                        eos_token="<|endoftext|>", pad_token="<|pad|>")  # fmt: skip
     special = [m for m in markers if m.strip()]
     tokenizer.add_tokens(special, special_tokens=True)
     tokenizer.add_tokens([m for m in markers if not m.strip()])
@@ -140,10 +150,15 @@ def test_a_run_learns_the_answer_and_to_stop(tmp_path, capsys, family):
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
+    # transformers builds Qwen's and Gemma's own tokenizers for their configs, whatever the files say
+    probe = "你好 hello 123，\n再见"
+    assert load_base(base)[1](probe, add_special_tokens=False).input_ids == (
+        tokenizer(probe, add_special_tokens=False).input_ids
+    )
     rows = [{"question": "你是谁？\n请说", "answer": "我是个人助手。"}] * 8
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    words = train_arguments(base, data, tmp_path / "run", "--num_train_epochs", "20",
-        "--learning_rate", "3e-2", "--lora_r", "8", "--eval_dataset", "none", "--eval_strategy", "no",
+    words = train_arguments(base, data, tmp_path / "run", "--num_train_epochs", "30",
+        "--learning_rate", "1e-2", "--lora_r", "8", "--eval_dataset", "none", "--eval_strategy", "no",
         "--save_strategy", "no", "--lora_target_modules", "all-linear", "--lora_dropout", "0",
         "--num_sample_replies", "0")  # fmt: skip
     assert sft_lora.main(words) == 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tinyllm.errors import UserError
 
@@ -47,7 +47,7 @@ def load_base(
     path = resolve_base(path)
     check_base_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{path}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
@@ -64,6 +64,22 @@ def load_base(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return (model.to(device) if device is not None else model).eval(), tokenizer
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False):
+    """The tokenizer of a folder, as its own files describe it.
+
+    For some model types (qwen2, gemma3_text, ...) transformers builds that family's tokenizer whatever
+    the files say, and ids come out wrong without a word; a folder that asks for the general class,
+    which takes everything from ``tokenizer.json``, gets it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = Path(path) / "tokenizer_config.json"
+    asked = read_json(config).get("tokenizer_class") if config.is_file() else None
+    general = PreTrainedTokenizerFast.__name__
+    if asked not in ("PreTrainedTokenizerFast", general) or type(tokenizer).__name__ == general:
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def resolve_base(path: str | Path, accept_license: bool = False, say=None) -> str:

@@ -57,7 +57,7 @@ def check_saved_adapter(folder: Path, model, learned: bool) -> Adapter:
         if got != size:
             raise UserError(f"{folder}: {name} was saved with {got} of {size} numbers")
     for name, tensor in adapter.weights.items():
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != torch.float32 and ".lora_" in name:
             raise UserError(f"{folder}: {name} was saved as {tensor.dtype}, expected float32")
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: {name} holds values that are no numbers")
