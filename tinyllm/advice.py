@@ -158,6 +158,8 @@ def _about_epochs(facts: Facts) -> Iterator[str]:
 
 def facts_of(settings, trainer, data) -> Facts:
     """The numbers of a run that is about to start."""
+    from tinyllm.lora import count_parameters
+
     args = settings.training
     ranks = trainer.accelerator.num_processes
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
@@ -166,7 +168,7 @@ def facts_of(settings, trainer, data) -> Facts:
     matrices, scale = adapted_matrices(trainer.model)
     return Facts(
         matrices=matrices,
-        num_trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        num_trainable=count_parameters(trainer.model)[0],
         num_supervised=data.summary["num_supervised"],
         num_rows=len(data.train),
         num_epochs=steps / per_epoch,
