@@ -10,9 +10,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 MODEL_SIZE=${MODEL_SIZE:-16m}            # only names the folders
 TRAIN_EPOCHS=${TRAIN_EPOCHS:-3}          # passes over the data
 EMBEDDED_BASE=outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model
-BASE_MODEL=${BASE_MODEL:-$EMBEDDED_BASE} # folder of the base model
+BASE_MODEL=${BASE_MODEL:-$EMBEDDED_BASE} # a folder, a .gguf file, smollm2-135m or gemma3-270m
+ACCEPT_LICENSE=${ACCEPT_LICENSE:-False}  # True: you accept the licence of a base fetched by name
 DATASET=${DATASET:-data/sft_train}       # files or folders of training rows
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/ckpt/sft_lora_tiny_llm_${MODEL_SIZE}_epoch${TRAIN_EPOCHS}}
+case $BASE_MODEL in                      # folders keep the usual name, whatever they hold
+    smollm2-135m | gemma3-270m | *.gguf) RUN_NAME=sft_lora_$(basename "$BASE_MODEL" .gguf) ;;
+    *) RUN_NAME=sft_lora_tiny_llm_$MODEL_SIZE ;;
+esac
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/ckpt/${RUN_NAME}_epoch${TRAIN_EPOCHS}}
 
 # LoRA
 LORA_R=${LORA_R:-16}                     # rank: the size of the adapter
@@ -43,6 +48,7 @@ LORA_ARGS=(
 )
 TRAIN_ARGS=(
     --base_model_path "$BASE_MODEL"
+    --accept_license "$ACCEPT_LICENSE"
     --dataset "$DATASET"
     --output_dir "$OUTPUT_DIR"
     --per_device_train_batch_size "$MBS"
@@ -51,7 +57,9 @@ TRAIN_ARGS=(
     --num_train_epochs "$TRAIN_EPOCHS"
 )
 
-setup_python requirement.txt
+REQUIREMENTS=(requirement.txt)
+case $BASE_MODEL in smollm2-135m | gemma3-270m | *.gguf) REQUIREMENTS+=(requirement-gguf.txt) ;; esac
+setup_python "${REQUIREMENTS[@]}"
 if [[ $BASE_MODEL == "$EMBEDDED_BASE" ]]; then
     "$PYTHON" -m tinyllm.embedded "$EMBEDDED_BASE"
 fi

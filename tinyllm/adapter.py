@@ -11,9 +11,12 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from tinyllm.base import TOKENIZER_FILES, load_base, pick_device, pick_dtype, read_json
 from tinyllm.errors import UserError
+from tinyllm.lora_start import refuse_raw
+from tinyllm.vocabulary import fit_vocabulary
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -91,15 +94,12 @@ def check_fits(adapter: Adapter, model) -> None:
         if part not in ("A.weight", "B.weight"):
             continue
         module = modules.get(layer)
-        if module is None or not hasattr(module, "in_features"):
+        sizes = layer_sizes(module)
+        if sizes is None:
             raise UserError(
                 f"{adapter.path}: made for another base: it adapts {layer}, which this base has not"
             )
-        size, side = (
-            (module.in_features, "inputs")
-            if part == "A.weight"
-            else (module.out_features, "outputs")
-        )
+        size, side = (sizes[0], "inputs") if part == "A.weight" else (sizes[1], "outputs")
         got = tensor.shape[1] if part == "A.weight" else tensor.shape[0]
         if got != size:
             raise UserError(
@@ -108,12 +108,20 @@ def check_fits(adapter: Adapter, model) -> None:
             )
 
 
+def layer_sizes(module) -> tuple[int, int] | None:
+    """``(in, out)`` of a layer that LoRA can adapt; None for any other."""
+    if isinstance(module, Conv1D):  # GPT-2's linear layer: its weight is (in, out)
+        return tuple(module.weight.shape)
+    return (module.in_features, module.out_features) if hasattr(module, "in_features") else None
+
+
 def attach_adapter(model, adapter: Adapter, is_trainable: bool = False) -> PeftModel:
     """Put an adapter on a base, as a PeftModel.
 
     Raises:
         UserError: the adapter does not fit the base, or lacks tensors that its config promises.
     """
+    refuse_raw(adapter.config, adapter.path)
     check_fits(adapter, model)
     try:
         lora = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=is_trainable)
@@ -121,6 +129,7 @@ def attach_adapter(model, adapter: Adapter, is_trainable: bool = False) -> PeftM
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{adapter.path}: peft cannot load it: {reason}") from error
     expected = {n.replace(".default", "") for n, _ in lora.named_parameters() if ".lora_" in n}
+    expected = {n.replace("magnitude_vector.weight", "magnitude_vector") for n in expected}  # DoRA
     missing = sorted(expected - adapter.weights.keys())
     if missing:
         raise UserError(
@@ -148,9 +157,10 @@ def load_adapter_on_base(
     model, tokenizer = load_base(
         base_model_path, pick_dtype(torch_dtype, where), trust_remote_code=trust_remote_code
     )
-    lora = attach_adapter(model, adapter, is_trainable).to(where)
     if any((adapter.path / name).is_file() for name in TOKENIZER_FILES[:2]):
         tokenizer = AutoTokenizer.from_pretrained(adapter.path, trust_remote_code=trust_remote_code)
+        fit_vocabulary(model, tokenizer)
+    lora = attach_adapter(model, adapter, is_trainable).to(where)
     return lora.train(is_trainable), tokenizer
 
 

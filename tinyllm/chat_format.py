@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from tinyllm.errors import UserError
+from tinyllm.vocabulary import content_tokens
 
 IGNORE_INDEX = -100
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
@@ -91,7 +92,12 @@ class PlainText:
 
     def __init__(self, tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.special_spellings = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        # Gemma adds runs of newlines to its vocabulary: no one means a marker by them
+        mere = {s for s in tokenizer.get_added_vocab() if not s.strip()} | {
+            *content_tokens(tokenizer)
+        }
+        added = set(tokenizer.get_added_vocab()) - mere
+        self.special_spellings = sorted(added, key=len, reverse=True)
 
     def mentions_special(self, text: str) -> bool:
         return any(spelling in text for spelling in self.special_spellings)

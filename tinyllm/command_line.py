@@ -7,6 +7,7 @@ unknown names are treated alike and ``2e-4`` in a YAML file is the number it loo
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 
 import yaml
@@ -39,7 +40,13 @@ SAME_SETTING = {
     "val_size": "eval_share",
     "val_set_size": "eval_share",
     "system": "system_prompt",
+    "adapter_name_or_path": "adapter_path",
+    "additional_target": "modules_to_save",
+    "lora_modules_to_save": "modules_to_save",
+    "loraplus_ratio": "loraplus_lr_ratio",
 }
+# Settings whose value is a mapping; any other mapping in a YAML file groups settings.
+MAPPINGS = {"rank_pattern", "alpha_pattern", *SftArguments._VALID_DICT_FIELDS}
 # Names that older versions of transformers used, and what they are called now.
 OLD_NAMES = {
     "warmup_ratio": "warmup_steps",
@@ -126,6 +133,8 @@ def _words_of_yaml(path: Path) -> list[str]:
 
 
 def _words_of_entry(name: str, value) -> list[str]:
+    if isinstance(value, dict) and name in MAPPINGS:
+        return [f"--{name}", json.dumps(value)]
     if isinstance(value, dict):
         return [word for key, inner in value.items() for word in _words_of_entry(key, inner)]
     if value is None:

@@ -87,7 +87,11 @@ class FastLoraLinear(PeftLinear):
         return y.view(*x.shape[:-1], -1)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
-        """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU."""
+        """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU.
+
+        With gradients off, too: a checkpointed layer is first run without them, and must draw the
+        same dropout as when it is run again for its gradients.
+        """
         return (
             self.training
             and x.device.type == "cpu"

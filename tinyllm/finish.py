@@ -15,6 +15,7 @@ from tinyllm.chat_format import chat_format_of
 from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.generate import generate_reply
+from tinyllm.lora_start import take_start_off
 from tinyllm.model_card import model_card
 from tinyllm.report import plots
 from tinyllm.report.evidence import measure
@@ -85,10 +86,15 @@ def write_adapter(model, folder: Path, state: dict | None = None) -> None:
     Args:
         state: the trained weights, where the model itself does not hold them whole.
     """
-    model.save_pretrained(folder, safe_serialization=False, state_dict=state)
-    model.save_pretrained(folder, state_dict=state)
+    # the embeddings are the base's; what is trained of them is in the adapter without this
+    options = {"state_dict": state, "save_embedding_layers": False}
+    model.save_pretrained(folder, safe_serialization=False, **options)
+    model.save_pretrained(folder, **options)
     config = read_json(folder / "adapter_config.json")
-    config["target_modules"] = sorted(config["target_modules"])  # a set: its order is random
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])  # a set: its order is random
+    if getattr(model, "lora_start", None):
+        config = take_start_off(folder, config, model.lora_start)
     run_folder.write_json(folder / "adapter_config.json", config)
     first, second = read_weights(folder / SAFETENSORS), read_weights(folder / BIN)
     same = first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)

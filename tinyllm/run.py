@@ -17,6 +17,7 @@ from tinyllm.fingerprint import fingerprint
 from tinyllm.interrupt import StopRequest
 from tinyllm.lock import FolderLock
 from tinyllm.ranks import decide_on_first
+from tinyllm.remote_code import code_identity
 from tinyllm.report.settings import REPORT_ONLY
 from tinyllm.resume import chosen, flat, newest, parse_choice, trim_log
 from tinyllm.settings import Settings
@@ -34,6 +35,7 @@ WITHOUT_EFFECT = {
     "per_device_eval_batch_size", "num_sample_replies", "save_full_model", "eval_dataset",
     "eval_share", "base_model_path", "dataset", "data_cache", "preview", "local_rank",
     "eval_steps", "eval_strategy", "verify_resume", "dataloader_num_workers", "ddp_timeout",
+    "accept_license", "remote_code_hash",
 } | REPORT_ONLY  # fmt: skip
 # They decide which checkpoint is the best, when the best one is what comes out.
 CHOOSE_THE_BEST = {"eval_steps", "eval_strategy", "save_steps", "save_strategy", "eval_dataset"}
@@ -188,12 +190,14 @@ def identity_of(settings: Settings, tokenizer, data: Data) -> dict:
     best = args.load_best_model_at_end
     ignored = WITHOUT_EFFECT - CHOOSE_THE_BEST if best else WITHOUT_EFFECT
     identity = {
-        "base": fingerprint(settings.base.base_model_path, tokenizer),
+        "base": fingerprint(settings.base.base_model_path, tokenizer)
+        | code_identity(settings.base),
         "data": data.train.digest,
         "settings": {k: v for k, v in flat_ones.items() if k not in ignored},
         "processes": args.world_size,
         "device": args.device.type,
         "engine": engine_of(args),
+        **adapter_identity(settings.lora.adapter_path),
     }
     if best and data.held_out is not None:
         identity["held-out data"] = data.held_out.digest
@@ -205,6 +209,16 @@ def engine_of(args) -> str:
     plugin = getattr(args, "deepspeed_plugin", None)
     name = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else "PyTorch"
     return f"{name}, mixed precision {args.mixed_precision}"
+
+
+def adapter_identity(path: str) -> dict[str, str]:
+    """The content of the adapter that is trained further, if one is."""
+    if not path:
+        return {}
+    from tinyllm.adapter import read_adapter
+    from tinyllm.gguf_base import hash_file
+
+    return {"adapter": hash_file(Path(path) / read_adapter(path).weights_file)}
 
 
 def flat_settings(settings: Settings) -> dict:

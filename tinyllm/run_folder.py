@@ -35,6 +35,7 @@ REPLIES = "eval_replies.jsonl"
 LINEAGE = "lineage.jsonl"
 MODEL_CARD = "README.md"
 FULL_MODEL = "pytorch_model.bin"
+LORA_START = "lora_start.safetensors"  # only of a run with --init_lora_weights pissa or olora
 
 FINISHING = ".finishing"  # where the final files are written before they are moved in
 NAMED = 3  # differences that are told in full

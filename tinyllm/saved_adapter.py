@@ -44,20 +44,28 @@ def check_saved_adapter(folder: Path, model, learned: bool) -> Adapter:
     """
     adapter = read_adapter(folder)
     expected = {
-        name.replace(".default", ""): num_elements(parameter)
+        file_name(name): num_elements(parameter)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and name.startswith(KEY_PREFIX) and ".lora_" in name
     }
+    if adapter.config.get("init_lora_weights") is True and getattr(model, "lora_start", None):
+        # the start was taken off, which doubled the rank (lora_start.py)
+        expected |= {name: 2 * expected[name] for name in model.lora_start}
     for name, size in expected.items():
         tensor = adapter.weights.get(name)
         got = None if tensor is None else tensor.numel()
         if got != size:
             raise UserError(f"{folder}: {name} was saved with {got} of {size} numbers")
     for name, tensor in adapter.weights.items():
-        if tensor.dtype != torch.float32:
+        if tensor.dtype != torch.float32 and ".lora_" in name:
             raise UserError(f"{folder}: {name} was saved as {tensor.dtype}, expected float32")
         if not tensor.isfinite().all():
             raise UserError(f"{folder}: {name} holds values that are no numbers")
     if learned and not adapter.has_effect:
         raise UserError(f"{folder}: every B matrix is zero after training, so nothing was learned")
     return adapter
+
+
+def file_name(parameter: str) -> str:
+    """A LoRA parameter's name in an adapter file: without the adapter's own, and DoRA's shorter."""
+    return parameter.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")

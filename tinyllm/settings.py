@@ -6,15 +6,18 @@ model; the rest is ours.  Names, aliases and YAML are handled in ``command_line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import TrainingArguments
 
+from tinyllm.base_settings import BaseSourceSettings
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT
 from tinyllm.errors import UserError
 from tinyllm.formats import KNOWN_COLUMNS
+from tinyllm.lora_settings import LoraVariantSettings, check_combination
 from tinyllm.report.settings import ReportSettings, loggers
+from tinyllm.setting import setting
 
 EMBEDDED_BASE = "outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model"
 DEFAULT_RUN = "outputs/ckpt/sft_lora_tiny_llm_16m_epoch3"
@@ -23,18 +26,15 @@ MAX_SAMPLE_REPLIES = 50
 DEFAULT_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def setting(default, text: str):
-    """A dataclass field with a help text; lists become default factories."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class BaseSettings:
+class BaseSettings(BaseSourceSettings):
     """Which base model to train on."""
 
-    base_model_path: str = setting(EMBEDDED_BASE, "Folder of the base model and its tokenizer.")
+    base_model_path: str = setting(
+        EMBEDDED_BASE,
+        "The base: a folder with model and tokenizer, a .gguf file, or the name of a small model "
+        "that pip can bring (smollm2-135m, gemma3-270m).",
+    )
     torch_dtype: str = setting(
         "auto",
         "Precision of the base's weights: auto, float32, bfloat16 or float16. auto is bfloat16 on a "
@@ -48,6 +48,7 @@ class BaseSettings:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         allowed = ("auto", "float32", "bfloat16", "float16")
         if self.torch_dtype not in allowed:
             raise UserError(
@@ -56,7 +57,7 @@ class BaseSettings:
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(LoraVariantSettings):
     """What to train: a LoRA (Hu et al. 2021, arXiv:2106.09685), or the whole model."""
 
     use_lora: bool = setting(True, "Train a LoRA adapter; False trains every weight of the model.")
@@ -71,6 +72,7 @@ class LoraSettings:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = [name.strip() for part in self.lora_target_modules for name in part.split(",")]
         self.lora_target_modules = [name for name in names if name]
         if self.lora_r < 1:
@@ -85,6 +87,7 @@ class LoraSettings:
             raise UserError(
                 "--lora_target_modules is empty: name at least one layer, or all-linear"
             )
+        check_combination(self)
 
 
 @dataclass

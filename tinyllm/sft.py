@@ -10,19 +10,23 @@ import torch
 
 from tinyllm import data as data_stage
 from tinyllm import ranks
-from tinyllm.base import context_length, load_base, pick_dtype
+from tinyllm.advice import advice, facts_of
+from tinyllm.base import context_length, load_base, pick_dtype, resolve_base
 from tinyllm.chat_format import chat_format_of, has_own_template
 from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
 from tinyllm.launch_check import check_start, check_trainer
-from tinyllm.lora import add_lora, count_parameters
+from tinyllm.lora import add_lora, count_parameters, describe_adapter
+from tinyllm.lora_start import keep_start
 from tinyllm.memory import peak_bytes
 from tinyllm.plan import describe as describe_plan
 from tinyllm.plan import leaving_no_folder, make_plan
 from tinyllm.preview import marks_for, preview
 from tinyllm.progress import EvaluateBefore
+from tinyllm.quantise import check_quantisation, prepare_quantised, quantisation_config
+from tinyllm.remote_code import check_code
 from tinyllm.resume import loss_before_training
 from tinyllm.row_search import find_rows
 from tinyllm.run import Run, open_run
@@ -32,6 +36,7 @@ from tinyllm.settings import USUAL_MAX_LENGTH, Settings
 from tinyllm.sharded import is_sharded, num_elements
 from tinyllm.trainer import SftTrainer
 from tinyllm.verify_resume import verify_resume
+from tinyllm.vocabulary import adapter_tokenizer, add_tokens, fit_vocabulary
 from tinyllm.watchers import watchers
 
 __all__ = [
@@ -66,15 +71,22 @@ def say_once(notes: list[str]) -> None:
 
 def load_model(settings: Settings):
     """Load the base: ``(model, tokenizer, chat_format)``."""
-    base, device = settings.base, settings.training.device
+    base, lora = settings.base, settings.lora
+    check_quantisation(base, lora)
+    check_distribution(settings)
+    # one process fetches and converts what is no folder, the others find it in place
+    base.base_model_path = ranks.in_turns(
+        lambda: resolve_base(base.base_model_path, base.accept_license, say)
+    )
+    check_code(base, settings.output_dir, say)
     attention = None if base.attn_implementation == "auto" else base.attn_implementation
-    dtype = pick_dtype(base.torch_dtype, device)
-    if not settings.lora.use_lora:
-        dtype = torch.float32  # trained weights are kept in full precision
+    dtype = weights_dtype(settings)
     model, tokenizer = load_base(
         base.base_model_path, dtype, attn_implementation=attention,
         trust_remote_code=base.trust_remote_code,
+        quantisation=quantisation_config(base, dtype),
     )  # fmt: skip
+    tokenizer = prepare_vocabulary(lora, model, tokenizer)
     had_template = has_own_template(tokenizer) or tokenizer.chat_template
     chat_format = chat_format_of(tokenizer)
     if not had_template:
@@ -82,6 +94,48 @@ def load_model(settings: Settings):
     size = sum(num_elements(parameter) for parameter in model.parameters())
     say(f"base: {base.base_model_path}, {size:,} parameters, {dtype}")
     return model, tokenizer, chat_format
+
+
+def weights_dtype(settings: Settings) -> torch.dtype:
+    """Precision of the base's weights.
+
+    Raises:
+        UserError: 16 bits are asked for where a start is taken off the weights.
+    """
+    name, lora = settings.base.torch_dtype, settings.lora
+    if not lora.use_lora:
+        return torch.float32  # trained weights are kept in full precision
+    if not lora.moves_base_weights:
+        return pick_dtype(name, settings.training.device)
+    if name in ("bfloat16", "float16"):
+        raise UserError(
+            f"--torch_dtype {name} with --init_lora_weights {lora.init_lora_weights}: what that start "
+            "leaves of the base would be rounded, and the adapter not fit the base; use float32"
+        )
+    return torch.float32
+
+
+def check_distribution(settings: Settings) -> None:
+    """Raise a UserError for starts that need whole weights where DeepSpeed ZeRO-3 splits them."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if settings.lora.moves_base_weights and is_deepspeed_zero3_enabled():
+        raise UserError(
+            f"--init_lora_weights {settings.lora.init_lora_weights} needs whole weights, and "
+            "DeepSpeed ZeRO-3 splits them; use ZERO_STAGE=2"
+        )
+
+
+def prepare_vocabulary(lora, model, tokenizer):
+    """The tokenizer with the tokens that this run adds, or that its adapter brings."""
+    if lora.adapter_path:
+        tokenizer = adapter_tokenizer(lora.adapter_path, tokenizer)
+        fit_vocabulary(model, tokenizer)
+    if lora.new_special_tokens:
+        ids = add_tokens(model, tokenizer, lora.new_special_tokens)
+        lora.trainable_token_indices = sorted({*lora.trainable_token_indices, *ids})
+        say(f"new tokens: {', '.join(lora.new_special_tokens)} are ids {ids}")
+    return tokenizer
 
 
 def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
@@ -119,7 +173,11 @@ def prepare_model(settings: Settings, model):
         # ZeRO-3 fetches a weight when its own module is called, which the faster path does not do
         settings.lora.fast_lora = False
     torch.manual_seed(settings.training.seed)
-    lora = add_lora(model, settings.lora)
+    lora = add_lora(prepare_quantised(model), settings.lora)
+    if settings.training.gradient_checkpointing:
+        lora.enable_input_require_grads()  # else checkpoints of frozen embeddings pass no gradient
+    if settings.lora.adapter_path:
+        say(describe_adapter(lora, settings.lora.adapter_path))
     lora.peft_config["default"].base_model_name_or_path = settings.base.base_model_path
     return lora
 
@@ -131,7 +189,10 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
     trainer = SftTrainer(
         model, settings.training, data.train, data.held_out, tokenizer, max_length,
         callbacks=[*watchers(settings, tokenizer, data), CheckSavedAdapter()],
+        loraplus_lr_ratio=settings.lora.loraplus_lr_ratio,
     )  # fmt: skip
+    if trainer.packing.why:
+        say(trainer.packing.why)
     trainer.find_rows = partial(find_rows, settings.data, tokenizer, max_length)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -143,6 +204,8 @@ def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> dict:
     """Say what is about to happen, in numbers; returns them."""
     plan = make_plan(settings, trainer, data)
     say(describe_plan(plan, settings, trainer))
+    for line in advice(facts_of(settings, trainer, data)):
+        say(f"advice: {line}")
     return plan.to_json()
 
 
@@ -162,6 +225,7 @@ def train(trainer: SftTrainer, run: Run) -> dict:
 
 
 def _train(trainer: SftTrainer, run: Run) -> dict:
+    keep_start(trainer.model, run.folder, trainer.is_world_process_zero())
     has_held_out = trainer.eval_dataset is not None
     before = EvaluateBefore(trainer, loss_before_training(run.folder / LOG_FILE))
     if has_held_out and run.resume_from is None:

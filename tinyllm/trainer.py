@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
-from tinyllm.attention import use_packed_attention
 from tinyllm.batches import Batch, collate, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
+from tinyllm.neftune import Neftune
+from tinyllm.packing_check import choose_packing
 from tinyllm.rank_share import share_rows
 from tinyllm.row_search import ids_of, rows_text
 from tinyllm.saving import SavingTrainer
@@ -43,17 +44,22 @@ class SftTrainer(SavingTrainer):
         model: a causal language model or a PeftModel around one.
         args: the user's settings; MBS × GAS examples make one optimizer step.
         max_length: most tokens of an example, so MBS × max_length bounds a micro-batch.
+        loraplus_lr_ratio: learning rate of the B matrices over that of A (LoRA+); 0 for the same.
     """
 
     def __init__(
         self, model, args: SftArguments, train_dataset: Examples,
         eval_dataset: Examples | None, tokenizer, max_length: int, callbacks=None,
+        loraplus_lr_ratio: float = 0.0,
     ) -> None:  # fmt: skip
         self.tokens_per_micro_batch = args.per_device_train_batch_size * max_length
         if args.device.type == "cpu":
             self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, CPU_TOKENS)
         self.causal_model = _causal_model(model)
-        self.packed_attention = use_packed_attention(self.causal_model)
+        self.packing = choose_packing(self.causal_model)
+        if self.packing.one_by_one:
+            self.tokens_per_micro_batch = 1  # every example is longer, and gets a row of its own
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         # autocast is a wrapper around the whole forward, which this path goes past
         plain = has_plain_frozen_head(self.causal_model) and not (args.bf16 or args.fp16)
         self.chunked_loss = args.chunked_loss and plain
@@ -68,6 +74,17 @@ class SftTrainer(SavingTrainer):
         )
         self.find_rows: Callable[[list[bytes]], list[str]] = lambda ids: []
         self.last_batch: Batch = {}
+        self.neftune = None
+        if args.neftune_noise_alpha:
+            self.neftune_noise_alpha = None  # transformers' own hook knows no packed rows
+            embeddings = self.causal_model.get_input_embeddings()
+            self.neftune = Neftune(embeddings, args.neftune_noise_alpha)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As ever, or with LoRA+'s two learning rates."""
+        if self.optimizer is None and self.loraplus_lr_ratio:
+            self.optimizer = loraplus_optimizer(self.model, self.args, self.loraplus_lr_ratio)
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader:
         """One batch is this rank's part of one optimizer step."""
@@ -160,7 +177,9 @@ class SftTrainer(SavingTrainer):
         (DDP and DeepSpeed must see the whole forward) only a few positions at a time.
         """
         positions, ids = targets(batch)
-        inputs = model_inputs(batch, self.packed_attention)
+        inputs = model_inputs(batch, self.packing.kernel)
+        if self.neftune is not None:
+            self.neftune.lengths = batch["lengths"]
         if self.chunked_loss and model is self.model:
             return frozen_head_loss(self.causal_model, inputs, positions, ids)
         logits = model(**inputs, logits_to_keep=positions).logits[0]
@@ -181,11 +200,15 @@ class SftTrainer(SavingTrainer):
                 batch = self._prepare_inputs(batch)
                 if not len(batch["lengths"]):  # a rank without rows takes part in the forward
                     batch = nothing_to_learn(batch)
-                total += self.sum_of_losses(model, batch).item()
+                for part in self._eval_parts(batch):
+                    total += self.sum_of_losses(model, part).item()
                 count += len(targets(batch)[0])
         loss = self._sum_over_ranks(total) / self._sum_over_ranks(count)
         metrics = {f"{metric_key_prefix}_loss": float(loss)}
         return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _eval_parts(self, batch: Batch) -> Iterable[Batch]:
+        return split(batch, 1) if self.packing.one_by_one else (batch,)
 
 
 def whole_steps(args: SftArguments) -> SftArguments:
@@ -196,6 +219,18 @@ def whole_steps(args: SftArguments) -> SftArguments:
     args.remove_unused_columns = False
     args.label_names = ["labels"]
     return args
+
+
+def loraplus_optimizer(model, args: SftArguments, ratio: float) -> torch.optim.Optimizer:
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): ``args.learning_rate`` for A, ``ratio`` x for B."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer_class, options = SavingTrainer.get_optimizer_cls_and_kwargs(args)
+    options.pop("lr", None)
+    return create_loraplus_optimizer(
+        model, optimizer_class, lr=args.learning_rate, loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=args.weight_decay, loraplus_lr_embedding=args.learning_rate, **options,
+    )  # fmt: skip
 
 
 def _causal_model(model):

@@ -69,8 +69,8 @@ def settings_of(run: dict, folder: Path) -> Settings:
 def load_trained(settings: Settings, folder: Path):
     """``(model, tokenizer)``: the base with the adapter beside it, or the model trained whole."""
     from tinyllm.adapter import load_adapter_on_base
-    from tinyllm.attention import use_packed_attention
     from tinyllm.base import load_base, pick_device, pick_dtype
+    from tinyllm.packing_check import choose_packing
 
     base, device = settings.base, pick_device()
     if (folder / "adapter_config.json").is_file():
@@ -78,8 +78,8 @@ def load_trained(settings: Settings, folder: Path):
             base.base_model_path, folder, torch_dtype=base.torch_dtype,
             trust_remote_code=base.trust_remote_code,
         )  # fmt: skip
-        use_packed_attention(model.get_base_model())
+        choose_packing(model.get_base_model())
         return model, tokenizer
     model, tokenizer = load_base(folder, pick_dtype(base.torch_dtype, device), device)
-    use_packed_attention(model)
+    choose_packing(model)
     return model, tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tinyllm.attention import use_packed_attention
 from tinyllm.base import load_base
+from tinyllm.packing_check import choose_packing
 from tinyllm.settings import BaseSettings
 
 # Starting points of peft that move a part of the base's own weights into the adapter: switching such
@@ -26,7 +26,7 @@ def without_training(model, settings: BaseSettings) -> Iterator:
     base, _ = load_base(
         settings.base_model_path, first.dtype, first.device, attention, settings.trust_remote_code
     )
-    use_packed_attention(base)
+    choose_packing(base)
     yield base
 
 

@@ -60,6 +60,8 @@ def measure_rows(model, rows: list[Row], stops: list[int]) -> RowMeasures:
     config = model.config.get_text_config()
     packed = model.config._attn_implementation == PACKED_SDPA
     max_tokens = max(128, min(MAX_TOKENS, MAX_LOGITS // config.vocab_size))
+    if getattr(model, "one_by_one", False):
+        max_tokens = 1  # a base whose examples would see each other (packing_check.py)
     device = next(model.parameters()).device
     parts = [
         _measure({name: part.to(device) for name, part in batch.items()}, model, stops, packed)
