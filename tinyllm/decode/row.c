@@ -1,0 +1,221 @@
+/* The forward pass of a llama-like model for one conversation, float32 arithmetic throughout.
+ *
+ * At one row a small model is bound by reading its weights.  So weights that are bfloat16 numbers are
+ * read as bfloat16 (half the bytes, the same values), and a LoRA adapter stays beside its matrix:
+ * y = W x + b + s B (A x).  Compiled by kernel.py, which also checks the shapes this file relies on:
+ * every inner size is a multiple of 8, of 16 where the weights are bfloat16.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+#define ROWS 8 /* outputs of one token that are summed side by side */
+#define MAX_RANK 1024
+#define BLOCK 8 /* tokens that share one pass over the weights */
+
+typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(4)));
+
+typedef struct {
+    const void *weight;             /* (out, in) float or, where half is set, bfloat16 */
+    const float *bias, *a, *b;      /* (out), (rank, in), (rank, out); NULL where absent */
+    int32_t in, out, rank, half;
+    float scale;
+} Linear;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm;
+    Linear q, k, v, o, gate, up, down;
+    float *keys, *values; /* (kv_heads, context, dim) */
+} Layer;
+
+typedef struct {
+    const float *embedding, *norm, *cos, *sin; /* (V, H), (H), (context, dim / 2) twice */
+    const Layer *layers;
+    float *scratch;
+    Linear head;
+    int32_t num_layers, hidden, inner, heads, kv_heads, dim, context;
+    float eps;
+} Model;
+
+INLINE f32x8 load(const float *at) { return *(const f32x8 *)at; }
+
+INLINE float sum(f32x8 v) {
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+/* y[t][o] = W[o] . x[t] for `rows` outputs from o on and n tokens; the sizes are constants.
+ * Of 16 bfloat16 numbers the first eight lie in the lower halves of eight words (see row.py). */
+INLINE void tile(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
+                 int64_t o, const int rows, const int n) {
+    f32x8 acc[8][4];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int t = 0; t < n; t++) acc[r][t] = (f32x8){0};
+    for (int64_t i = 0; i < in; i += half ? 16 : 8) {
+        UNROLL for (int r = 0; r < rows; r++) {
+            int64_t at = (o + r) * in + i;
+            if (half) {
+                u32x8 pair = *(const u32x8 *)((const uint16_t *)w + at);
+                f32x8 low = (f32x8)(pair << 16), high = (f32x8)(pair & 0xffff0000u);
+                UNROLL for (int t = 0; t < n; t++)
+                    acc[r][t] += low * load(x + t * in + i) + high * load(x + t * in + i + 8);
+            } else {
+                f32x8 weight = load((const float *)w + at);
+                UNROLL for (int t = 0; t < n; t++) acc[r][t] += weight * load(x + t * in + i);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int t = 0; t < n; t++) y[t * out + o + r] = sum(acc[r][t]);
+}
+
+INLINE void product(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
+                    int n) {
+    int t = 0;
+    for (; t + 4 <= n; t += 4) {
+        int64_t o = 0;
+        for (; o + 2 <= out; o += 2) tile(w, half, in, out, x + t * in, y + t * out, o, 2, 4);
+        for (; o < out; o++) tile(w, half, in, out, x + t * in, y + t * out, o, 1, 4);
+    }
+    for (; t < n; t++) {
+        int64_t o = 0;
+        for (; o + ROWS <= out; o += ROWS) tile(w, half, in, out, x + t * in, y + t * out, o, ROWS, 1);
+        for (; o < out; o++) tile(w, half, in, out, x + t * in, y + t * out, o, 1, 1);
+    }
+}
+
+static void linear(const Linear *l, const float *x, float *y, int n) {
+    float low[MAX_RANK];
+    if (l->half) product(l->weight, 1, l->in, l->out, x, y, n);
+    else product(l->weight, 0, l->in, l->out, x, y, n);
+    for (int t = 0; t < n; t++) {
+        float *row = y + (int64_t)t * l->out;
+        if (l->rank) product(l->a, 0, l->in, l->rank, x + (int64_t)t * l->in, low, 1);
+        for (int r = 0; r < l->rank; r++) {
+            const float *b = l->b + (int64_t)r * l->out;
+            float share = low[r] * l->scale;
+            for (int o = 0; o < l->out; o++) row[o] += share * b[o];
+        }
+        if (l->bias) for (int o = 0; o < l->out; o++) row[o] += l->bias[o];
+    }
+}
+
+static void norm(const float *x, const float *weight, float *y, int size, float eps) {
+    f32x8 squares = {0};
+    for (int i = 0; i < size; i += 8) squares += load(x + i) * load(x + i);
+    float factor = 1.0f / sqrtf(sum(squares) / size + eps);
+    for (int i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
+}
+
+/* Rotary positions: each value pairs with the one half a head further on. */
+static void rotate(float *x, int heads, int dim, const float *cos, const float *sin) {
+    for (int h = 0; h < heads; h++, x += dim)
+        for (int i = 0; i < dim / 2; i++) {
+            float a = x[i], b = x[i + dim / 2];
+            x[i] = a * cos[i] - b * sin[i];
+            x[i + dim / 2] = b * cos[i] + a * sin[i];
+        }
+}
+
+/* One head of one token: mix the values of positions 0 to `last`. */
+static void attend(const float *q, const float *keys, const float *values, float *scores, float *mixed,
+                   int last, int dim) {
+    float scale = 1.0f / sqrtf((float)dim), most = -INFINITY, total = 0.0f;
+    product(keys, 0, dim, last + 1, q, scores, 1);
+    for (int p = 0; p <= last; p++) {
+        scores[p] *= scale;
+        if (scores[p] > most) most = scores[p];
+    }
+    memset(mixed, 0, dim * sizeof(float));
+    for (int p = 0; p <= last; p++) {
+        float share = expf(scores[p] - most);
+        total += share;
+        for (int i = 0; i < dim; i++) mixed[i] += share * values[(int64_t)p * dim + i];
+    }
+    for (int i = 0; i < dim; i++) mixed[i] /= total;
+}
+
+typedef struct {
+    float *x, *y, *q, *k, *v, *mixed, *gate, *up, *scores;
+} Scratch;
+
+static void attention(const Model *m, const Layer *l, Scratch *s, int n, int start) {
+    int dim = m->dim, half = dim / 2, group = m->heads / m->kv_heads;
+    linear(&l->q, s->y, s->q, n);
+    linear(&l->k, s->y, s->k, n);
+    linear(&l->v, s->y, s->v, n);
+    for (int t = 0; t < n; t++) {
+        int64_t p = start + t;
+        float *q = s->q + (int64_t)t * m->heads * dim, *k = s->k + (int64_t)t * m->kv_heads * dim;
+        rotate(q, m->heads, dim, m->cos + p * half, m->sin + p * half);
+        rotate(k, m->kv_heads, dim, m->cos + p * half, m->sin + p * half);
+        for (int h = 0; h < m->kv_heads; h++) {
+            int64_t at = ((int64_t)h * m->context + p) * dim;
+            memcpy(l->keys + at, k + h * dim, dim * sizeof(float));
+            memcpy(l->values + at, s->v + ((int64_t)t * m->kv_heads + h) * dim, dim * sizeof(float));
+        }
+    }
+    for (int t = 0; t < n; t++)
+        for (int h = 0; h < m->heads; h++) {
+            int64_t row = ((int64_t)t * m->heads + h) * dim;
+            int64_t at = (int64_t)(h / group) * m->context * dim;
+            attend(s->q + row, l->keys + at, l->values + at, s->scores, s->mixed + row, start + t, dim);
+        }
+    linear(&l->o, s->mixed, s->y, n);
+}
+
+static void mlp(const Layer *l, Scratch *s, int n) {
+    linear(&l->gate, s->y, s->gate, n);
+    linear(&l->up, s->y, s->up, n);
+    for (int64_t i = 0; i < (int64_t)n * l->gate.out; i++)
+        s->gate[i] = s->gate[i] / (1.0f + expf(-s->gate[i])) * s->up[i];
+    linear(&l->down, s->gate, s->y, n);
+}
+
+static void block(const Model *m, Scratch *s, const int64_t *ids, int n, int start) {
+    int hidden = m->hidden;
+    for (int t = 0; t < n; t++)
+        memcpy(s->x + (int64_t)t * hidden, m->embedding + ids[t] * hidden, hidden * sizeof(float));
+    for (int i = 0; i < m->num_layers; i++) {
+        const Layer *l = m->layers + i;
+        for (int t = 0; t < n; t++)
+            norm(s->x + (int64_t)t * hidden, l->attention_norm, s->y + (int64_t)t * hidden, hidden, m->eps);
+        attention(m, l, s, n, start);
+        for (int j = 0; j < n * hidden; j++) s->x[j] += s->y[j];
+        for (int t = 0; t < n; t++)
+            norm(s->x + (int64_t)t * hidden, l->mlp_norm, s->y + (int64_t)t * hidden, hidden, m->eps);
+        mlp(l, s, n);
+        for (int j = 0; j < n * hidden; j++) s->x[j] += s->y[j];
+    }
+}
+
+/* How many floats of scratch space `forward` needs. */
+int64_t scratch_size(const Model *m) {
+    int64_t per_token = 2 * m->hidden + 2 * m->heads * m->dim + 2 * m->kv_heads * m->dim + 2 * m->inner;
+    return BLOCK * per_token + m->context;
+}
+
+/* Take in n ids at positions `start` and on; logits (V) after the last of them. */
+void forward(const Model *m, const int64_t *ids, int32_t n, int32_t start, float *logits) {
+    Scratch s;
+    float *next = m->scratch;
+    int64_t wide = (int64_t)BLOCK * m->heads * m->dim, narrow = (int64_t)BLOCK * m->kv_heads * m->dim;
+    s.x = next, next += BLOCK * m->hidden;
+    s.y = next, next += BLOCK * m->hidden;
+    s.q = next, next += wide;
+    s.mixed = next, next += wide;
+    s.k = next, next += narrow;
+    s.v = next, next += narrow;
+    s.gate = next, next += BLOCK * m->inner;
+    s.up = next, next += BLOCK * m->inner;
+    s.scores = next;
+    int size = 0;
+    for (int done = 0; done < n; done += size) {
+        size = n - done < BLOCK ? n - done : BLOCK;
+        block(m, &s, ids + done, size, start + done);
+    }
+    norm(s.x + (int64_t)(size - 1) * m->hidden, m->norm, s.y, m->hidden, m->eps);
+    linear(&m->head, s.y, logits, 1);
+}
