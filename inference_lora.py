@@ -22,19 +22,24 @@ def main(argv: list[str] | None = None) -> int:
 
     # 1. what is asked for
     args = parse_args(argv)
+    if args.web:
+        start.check_web()
     # 2. libraries that say nothing, a terminal that breaks on nothing
-    from tinyllm.chat.terminal import prepare
+    from tinyllm.chat.terminal import ctrl_c_leaves, prepare
     from tinyllm.quiet import quiet_libraries
 
     prepare()
-    quiet_libraries()
-    # 3. base, adapters, and what writes the replies
-    speaker = start.build(args)
-    # 4. one answer, a file of answers, or a conversation
+    with ctrl_c_leaves():
+        quiet_libraries()
+        # 3. base, adapters, and what writes the replies
+        speaker = start.build(args)
+    # 4. one answer, a file of answers, a web page, or a conversation
     if args.prompt is not None:
         start.run_prompt(args, speaker)
     elif args.input:
         start.run_file(args, speaker)
+    elif args.web:
+        start.run_web(args, speaker)
     else:
         start.run_chat(args, speaker)
     return 0

@@ -106,6 +106,21 @@ def run_file(args: argparse.Namespace, speaker) -> None:
     answer_file(speaker, Path(args.input), Path(args.output), system, args.seed, made_with, counted)
 
 
+def check_web() -> None:
+    """Raise a UserError at once where ``--web`` lacks its libraries."""
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise UserError("--web needs Gradio: pip install -r requirement-web.txt")
+
+
+def run_web(args: argparse.Namespace, speaker) -> None:
+    """Serve the chat as a web page until Ctrl-C."""
+    from tinyllm.web import serve
+
+    serve(speaker, turns(args).system, args.port, args.share)
+
+
 def turns(args: argparse.Namespace):
     """An empty conversation under the system prompt asked for."""
     from tinyllm.chat.turns import Turns

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tinyllm.errors import EXIT_INTERRUPTED
 
 USER_PROMPT, ASSISTANT_PROMPT = "用户: ", "助手: "
 
@@ -19,6 +25,28 @@ def prepare() -> None:
         except ImportError:  # a Python built without it: plain lines
             return
         readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+@contextmanager
+def ctrl_c_leaves() -> Iterator[None]:
+    """While libraries and models load, Ctrl-C ends the program at once.
+
+    As an exception it would surface somewhere inside an import, with that library's own words.
+    """
+
+    def leave(number, frame) -> None:
+        os.write(2, b"\ninterrupted\n")
+        os._exit(EXIT_INTERRUPTED)
+
+    try:
+        before = signal.signal(signal.SIGINT, leave)
+    except ValueError:  # not in the main thread: its signals are not ours to handle
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def read_question(prompt: str = USER_PROMPT) -> str | None:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from tinyllm.adapter import (
     CONFIG,
     attach_adapter,
@@ -109,11 +111,14 @@ def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -
         base, path, args.device, load_as, trust_remote_code=args.trust_remote_code
     )
     maker = EngineMaker(lora, args.engine, get_kernel)
-    if args.merge_weights and not others and not args.compare:
-        if str(dtype) != "torch.float32" or maker.engine(FIRST).name == "generate":
-            merged = merge(lora, dtype)
-            maker = EngineMaker(merged, args.engine, get_kernel)
-            return Voices(merged, tokenizer, maker, {name: None})
+    rounded = (
+        dtype != torch.float32
+    )  # then the fast engine, which adds the adapter in, does not fit
+    alone = args.merge_weights and not others and not args.compare
+    if alone and (rounded or maker.engine(FIRST).name == "generate"):
+        merged = merge(lora, dtype)
+        maker = EngineMaker(merged, args.engine, get_kernel)
+        return Voices(merged, tokenizer, maker, {name: None})
     voices = Voices(lora, tokenizer, maker, {name: FIRST})
     for other, path in others:
         voices.add(other, path)
