@@ -90,9 +90,10 @@ def test_a_conversation_at_a_terminal(talkative):
     chat.wait_for("system prompt: 你好吗")
     chat.send("\x1b[A\x1b[A\n")  # two up: the line before the last
     chat.wait_for("a new conversation")
+    chat.wait_for("用户: ")
     chat.send("half a line\x03")  # Ctrl-C drops what stands on the line
     chat.wait_for("用户: ")
-    chat.send("字" * 10_000 + "\n")
+    chat.send("\x1b[200~" + "字" * 10_000 + "\x1b[201~\n")
     chat.wait_for("please ask in fewer words")
     chat.send("\x1b[200~/system a\x07b\x1b[201~\n")  # pasted with a bell in it
     chat.wait_for("left out 1 control character")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from transformers.generation import (
     GenerationConfig,
-    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -31,7 +30,11 @@ NEUTRAL = {
 def unsupported_options(config: GenerationConfig) -> list[str]:
     """Options that only ``generate`` itself knows what to do with."""
     given = {k: v for k, v in config.to_diff_dict().items() if v not in (None, False)}
-    return sorted(k for k, v in given.items() if k not in HANDLED and NEUTRAL.get(k) != v)
+    return sorted(
+        name
+        for name, value in given.items()
+        if name not in HANDLED and NEUTRAL.get(name) != value and not name.startswith("_")
+    )
 
 
 class Choice:
@@ -40,7 +43,7 @@ class Choice:
     def __init__(self, config: GenerationConfig) -> None:
         assert not unsupported_options(config), unsupported_options(config)
         self.sample = bool(config.do_sample)
-        self.processors = LogitsProcessorList(processors(config))
+        self.processors = processors(config)
 
     def __call__(
         self, ids: torch.Tensor, logits: torch.Tensor, generators: list | None = None
@@ -52,7 +55,9 @@ class Choice:
             logits: ``(rows, V)``, left unchanged.
             generators: one random generator per row; None for torch's own.
         """
-        scores = self.processors(ids, logits)
+        scores = logits
+        for process in self.processors:
+            scores = process(ids, scores)
         if not self.sample:
             return scores.argmax(-1)
         shares = scores.softmax(-1)

@@ -50,7 +50,7 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("embedding", "norm", "cos", "sin", "layers", "scratch")),
         ("head", Linear),
         *((name, ctypes.c_int32) for name in
-          ("num_layers", "hidden", "inner", "heads", "kv_heads", "dim", "context")),
+          ("num_layers", "hidden", "inner", "heads", "kv_heads", "dim", "context", "threads")),
         ("eps", ctypes.c_float),
     ]  # fmt: skip
 
@@ -69,15 +69,25 @@ def compiled() -> Path | None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
-            subprocess.run(
-                [*compiler.split(), *FLAGS, "-o", str(made), str(SOURCE), "-lm"], check=True,
-                stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS_TO_COMPILE,
-                start_new_session=True,  # a Ctrl-C is for the chat
-            )  # fmt: skip
+            if not any(_compile(compiler, made, more) for more in (["-fopenmp"], [])):
+                return None
             made.replace(target)
-    except (OSError, subprocess.SubprocessError):
+    except OSError:
         return None
     return target
+
+
+def _compile(compiler: str, made: Path, more: list[str]) -> bool:
+    """Whether the compiler made it; without OpenMP, one thread does everything."""
+    try:
+        subprocess.run(
+            [*compiler.split(), *FLAGS, *more, "-o", str(made), str(SOURCE), "-lm"], check=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS_TO_COMPILE,
+            start_new_session=True,  # a Ctrl-C is for the chat
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 def load() -> ctypes.CDLL | None:

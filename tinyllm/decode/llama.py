@@ -27,8 +27,8 @@ class Decoder:
         self.values = [torch.zeros(shape) for _ in w.layers]
         self.rows = torch.arange(num_rows)
 
-    def read(self, ids: list[int], start: int = 0, row: int = 0) -> torch.Tensor:
-        """Take in ids at positions ``start`` and on of one row.
+    def read(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        """Take in ids at positions ``start`` and on of the first row.
 
         Returns:
             The logits after the last of them, ``(1, V)``.
@@ -39,14 +39,38 @@ class Decoder:
         mask = _causal(start, end) if len(ids) > 1 and start else None
         for layer, keys, values in zip(w.layers, self.keys, self.values, strict=True):
             q, k, v = self._project(layer, x, rotation)
-            keys[row, :, start:end] = k.transpose(0, 1)
-            values[row, :, start:end] = v.transpose(0, 1)
+            keys[0, :, start:end] = k.transpose(0, 1)
+            values[0, :, start:end] = v.transpose(0, 1)
             mixed = F.scaled_dot_product_attention(
-                q.transpose(0, 1)[None], keys[row : row + 1, :, :end], values[row : row + 1, :, :end],
+                q.transpose(0, 1)[None], keys[:1, :, :end], values[:1, :, :end],
                 attn_mask=mask, is_causal=mask is None and len(ids) > 1, enable_gqa=True,
             )  # fmt: skip
             x = self._after_attention(layer, x, mixed[0].transpose(0, 1).reshape(len(ids), -1))
         return self._logits(x[-1:])
+
+    def read_many(self, prompts: list[list[int]], rows: list[int]) -> torch.Tensor:
+        """Take in a whole prompt for each of some rows.
+
+        Shorter prompts are filled up behind their end: nothing before it looks there, and what is
+        written there is overwritten before anything does.
+
+        Returns:
+            The logits after each prompt, ``(len(rows), V)``.
+        """
+        w, longest = self.weights, max(map(len, prompts))
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        x = F.embedding(ids.reshape(-1), w.embedding)
+        rotation = w.rotation[:longest, None].repeat(len(rows), 1, 1)
+        for layer, keys, values in zip(w.layers, self.keys, self.values, strict=True):
+            q, k, v = (
+                part.unflatten(0, ids.shape).transpose(1, 2)
+                for part in self._project(layer, x, rotation)
+            )
+            keys[rows, :, :longest], values[rows, :, :longest] = k, v
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=longest > 1, enable_gqa=True)
+            x = self._after_attention(layer, x, mixed.transpose(1, 2).reshape(len(x), -1))
+        ends = torch.tensor([at * longest + len(prompt) - 1 for at, prompt in enumerate(prompts)])
+        return self._logits(x[ends])
 
     def keep_rows(self, rows: list[int]) -> None:
         """Forget all rows but these, which move together."""

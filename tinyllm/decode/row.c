@@ -12,6 +12,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 #define ROWS 8 /* outputs of one token that are summed side by side */
+#define WORTH_SHARING 65536 /* weights of a matrix that more than one thread takes up */
 #define MAX_RANK 1024
 #define BLOCK 8 /* tokens that share one pass over the weights */
 
@@ -36,7 +37,7 @@ typedef struct {
     const Layer *layers;
     float *scratch;
     Linear head;
-    int32_t num_layers, hidden, inner, heads, kv_heads, dim, context;
+    int32_t num_layers, hidden, inner, heads, kv_heads, dim, context, threads;
     float eps;
 } Model;
 
@@ -71,28 +72,32 @@ INLINE void tile(const void *w, const int half, int64_t in, int64_t out, const f
         UNROLL for (int t = 0; t < n; t++) y[t * out + o + r] = sum(acc[r][t]);
 }
 
-INLINE void product(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
-                    int n) {
-    int t = 0;
-    for (; t + 4 <= n; t += 4) {
-        int64_t o = 0;
-        for (; o + 2 <= out; o += 2) tile(w, half, in, out, x + t * in, y + t * out, o, 2, 4);
-        for (; o < out; o++) tile(w, half, in, out, x + t * in, y + t * out, o, 1, 4);
-    }
-    for (; t < n; t++) {
-        int64_t o = 0;
-        for (; o + ROWS <= out; o += ROWS) tile(w, half, in, out, x + t * in, y + t * out, o, ROWS, 1);
-        for (; o < out; o++) tile(w, half, in, out, x + t * in, y + t * out, o, 1, 1);
-    }
+/* Outputs from `o` to `end`, n tokens at once. */
+INLINE void stretch(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
+                    int64_t o, int64_t end, const int rows, const int n) {
+    for (; o + rows <= end; o += rows) tile(w, half, in, out, x, y, o, rows, n);
+    for (; o < end; o++) tile(w, half, in, out, x, y, o, 1, n);
 }
 
-static void linear(const Linear *l, const float *x, float *y, int n) {
+INLINE void product(const void *w, const int half, int64_t in, int64_t from, int64_t end, int64_t out,
+                    const float *x, float *y, int n) {
+    int t = 0;
+    for (; t + 4 <= n; t += 4) stretch(w, half, in, out, x + t * in, y + t * out, from, end, 2, 4);
+    for (; t < n; t++) stretch(w, half, in, out, x + t * in, y + t * out, from, end, ROWS, 1);
+}
+
+static void linear(const Linear *l, const float *x, float *y, int n, int threads) {
     float low[MAX_RANK];
-    if (l->half) product(l->weight, 1, l->in, l->out, x, y, n);
-    else product(l->weight, 0, l->in, l->out, x, y, n);
+    int parts = (int64_t)l->in * l->out < WORTH_SHARING ? 1 : threads;
+#pragma omp parallel for num_threads(parts) if (parts > 1)
+    for (int part = 0; part < parts; part++) {
+        int64_t from = (int64_t)l->out * part / parts, end = (int64_t)l->out * (part + 1) / parts;
+        if (l->half) product(l->weight, 1, l->in, from, end, l->out, x, y, n);
+        else product(l->weight, 0, l->in, from, end, l->out, x, y, n);
+    }
     for (int t = 0; t < n; t++) {
         float *row = y + (int64_t)t * l->out;
-        if (l->rank) product(l->a, 0, l->in, l->rank, x + (int64_t)t * l->in, low, 1);
+        if (l->rank) product(l->a, 0, l->in, 0, l->rank, l->rank, x + (int64_t)t * l->in, low, 1);
         for (int r = 0; r < l->rank; r++) {
             const float *b = l->b + (int64_t)r * l->out;
             float share = low[r] * l->scale;
@@ -123,7 +128,7 @@ static void rotate(float *x, int heads, int dim, const float *cos, const float *
 static void attend(const float *q, const float *keys, const float *values, float *scores, float *mixed,
                    int last, int dim) {
     float scale = 1.0f / sqrtf((float)dim), most = -INFINITY, total = 0.0f;
-    product(keys, 0, dim, last + 1, q, scores, 1);
+    product(keys, 0, dim, 0, last + 1, last + 1, q, scores, 1);
     for (int p = 0; p <= last; p++) {
         scores[p] *= scale;
         if (scores[p] > most) most = scores[p];
@@ -142,10 +147,10 @@ typedef struct {
 } Scratch;
 
 static void attention(const Model *m, const Layer *l, Scratch *s, int n, int start) {
-    int dim = m->dim, half = dim / 2, group = m->heads / m->kv_heads;
-    linear(&l->q, s->y, s->q, n);
-    linear(&l->k, s->y, s->k, n);
-    linear(&l->v, s->y, s->v, n);
+    int threads = m->threads, dim = m->dim, half = dim / 2, group = m->heads / m->kv_heads;
+    linear(&l->q, s->y, s->q, n, threads);
+    linear(&l->k, s->y, s->k, n, threads);
+    linear(&l->v, s->y, s->v, n, threads);
     for (int t = 0; t < n; t++) {
         int64_t p = start + t;
         float *q = s->q + (int64_t)t * m->heads * dim, *k = s->k + (int64_t)t * m->kv_heads * dim;
@@ -163,15 +168,15 @@ static void attention(const Model *m, const Layer *l, Scratch *s, int n, int sta
             int64_t at = (int64_t)(h / group) * m->context * dim;
             attend(s->q + row, l->keys + at, l->values + at, s->scores, s->mixed + row, start + t, dim);
         }
-    linear(&l->o, s->mixed, s->y, n);
+    linear(&l->o, s->mixed, s->y, n, threads);
 }
 
-static void mlp(const Layer *l, Scratch *s, int n) {
-    linear(&l->gate, s->y, s->gate, n);
-    linear(&l->up, s->y, s->up, n);
+static void mlp(const Layer *l, Scratch *s, int n, int threads) {
+    linear(&l->gate, s->y, s->gate, n, threads);
+    linear(&l->up, s->y, s->up, n, threads);
     for (int64_t i = 0; i < (int64_t)n * l->gate.out; i++)
         s->gate[i] = s->gate[i] / (1.0f + expf(-s->gate[i])) * s->up[i];
-    linear(&l->down, s->gate, s->y, n);
+    linear(&l->down, s->gate, s->y, n, threads);
 }
 
 static void block(const Model *m, Scratch *s, const int64_t *ids, int n, int start) {
@@ -186,7 +191,7 @@ static void block(const Model *m, Scratch *s, const int64_t *ids, int n, int sta
         for (int j = 0; j < n * hidden; j++) s->x[j] += s->y[j];
         for (int t = 0; t < n; t++)
             norm(s->x + (int64_t)t * hidden, l->mlp_norm, s->y + (int64_t)t * hidden, hidden, m->eps);
-        mlp(l, s, n);
+        mlp(l, s, n, m->threads);
         for (int j = 0; j < n * hidden; j++) s->x[j] += s->y[j];
     }
 }
@@ -217,5 +222,5 @@ void forward(const Model *m, const int64_t *ids, int32_t n, int32_t start, float
         block(m, &s, ids + done, size, start + done);
     }
     norm(s.x + (int64_t)(size - 1) * m->hidden, m->norm, s.y, m->hidden, m->eps);
-    linear(&m->head, s.y, logits, 1);
+    linear(&m->head, s.y, logits, 1, m->threads);
 }

@@ -8,6 +8,7 @@ import torch
 
 from tinyllm.decode import kernel
 
+MAX_THREADS = 4  # more have nothing to do in a model that this engine is for
 LANES = 8  # floats that row.c takes at a time
 
 
@@ -47,7 +48,7 @@ class RowDecoder:
             layers=ctypes.addressof(layers), head=self._linear(model.lm_head, None),
             num_layers=len(layers), hidden=config.hidden_size, inner=config.intermediate_size,
             heads=config.num_attention_heads, kv_heads=kv_heads, dim=dim, context=self.context,
-            eps=config.rms_norm_eps,
+            eps=config.rms_norm_eps, threads=min(torch.get_num_threads(), MAX_THREADS),
         )  # fmt: skip
         self.keep.append(layers)
         self.model.scratch = self._at(torch.empty(library.scratch_size(self.model)))
