@@ -13,6 +13,7 @@ from tinyllm.chat import start
 from tinyllm.chat.options import adapters_of, parse_args
 from tinyllm.chat.session import Chat
 from tinyllm.chat.speaker import Spoken
+from tinyllm.chat.terminal import CONTROLS
 from tinyllm.chat.voices import load_voices
 from tinyllm.errors import UserError
 
@@ -70,7 +71,7 @@ def talk(chat, monkeypatch, capsys, *lines: str) -> tuple[str, str]:
 
 def answer(chat, question: str, name: str | None) -> str:
     messages, _ = chat.speaker.fit(chat.turns.messages(question))
-    return chat.speaker.speak(messages, lambda text: None, name).text
+    return chat.speaker.speak(messages, lambda text: None, name).text.translate(CONTROLS)
 
 
 def test_adapters_are_switched_without_loading(chat, base_folder, adapters, monkeypatch, capsys):

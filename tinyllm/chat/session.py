@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tinyllm.chat import commands
 from tinyllm.chat.speaker import Speaker, Spoken
-from tinyllm.chat.terminal import ASSISTANT_PROMPT, USER_PROMPT, note, read_question, say
+from tinyllm.chat.terminal import ASSISTANT_PROMPT, USER_PROMPT, note, read_question, say, say_piece
 from tinyllm.chat.turns import Turns
 from tinyllm.errors import UserError
 
@@ -83,7 +83,7 @@ class Chat:
             say(
                 f"{name or 'base'} {ASSISTANT_PROMPT}" if self.compare else ASSISTANT_PROMPT, end=""
             )
-            spoken = self.speaker.speak(messages, lambda text: say(text, end=""), name)
+            spoken = self.speaker.speak(messages, say_piece, name)
             say(" [stopped]" if spoken.interrupted else "")
         self.last = spoken
         if self.show_stats:

@@ -72,7 +72,7 @@ def run_prompt(args: argparse.Namespace, speaker) -> None:
         KeyboardInterrupt: Ctrl-C, after what was written so far.
     """
     from tinyllm.chat.session import as_json
-    from tinyllm.chat.terminal import note, say, without_controls
+    from tinyllm.chat.terminal import note, say, say_piece, without_controls
 
     question = without_controls(args.prompt).strip()
     if not question:
@@ -83,7 +83,7 @@ def run_prompt(args: argparse.Namespace, speaker) -> None:
         label = f"{name or 'base'}: " if args.compare and not args.json else ""
         if not args.json:
             say(label, end="")
-        show = (lambda text: None) if args.json else (lambda text: say(text, end=""))
+        show = (lambda text: None) if args.json else say_piece
         spoken = speaker.speak(messages, show, name)
         say(json.dumps(as_json(spoken, question, name), ensure_ascii=False) if args.json else "")
         if args.stats:

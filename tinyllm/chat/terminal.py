@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tinyllm.errors import EXIT_INTERRUPTED
 
+CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 USER_PROMPT, ASSISTANT_PROMPT = "用户: ", "助手: "
 
 
@@ -68,7 +68,7 @@ def read_question(prompt: str = USER_PROMPT) -> str | None:
 
 def without_controls(text: str) -> str:
     """Text without characters that mean nothing to a model (Ctrl keys, colour codes); said aloud."""
-    kept = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    kept = text.translate(CONTROLS)
     if len(kept) < len(text):
         note(f"left out {len(text) - len(kept)} control character(s)")
     return kept
@@ -83,6 +83,11 @@ def _typed() -> bool:
 def say(text: str, end: str = "\n") -> None:
     """Print at once."""
     print(text, end=end, flush=True)
+
+
+def say_piece(text: str) -> None:
+    """Print a piece of a reply; what would act on the terminal is left out."""
+    say(text.translate(CONTROLS), end="")
 
 
 def note(text: str) -> None:

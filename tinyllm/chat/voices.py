@@ -85,8 +85,10 @@ class Voices:
             self.maker.model, inner = self.model, FIRST
         else:
             check_fits(adapter, self.maker.plain)
-            self.model.load_adapter(str(adapter.path), adapter_name=name)
-            inner = name
+            inner = (
+                f"voice_{len(self.adapters)}"  # peft makes it a module's name: no dots, no words
+            )
+            self.model.load_adapter(str(adapter.path), adapter_name=inner)
         self.model.eval()
         self.adapters[name] = inner
 

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from tinyllm.decode.fast import FastEngine
+from tinyllm.decode.halves import Halves
 from tinyllm.decode.llama import Decoder
 from tinyllm.decode.plain import PlainEngine
 from tinyllm.decode.row import RowDecoder, fits_kernel
@@ -34,7 +35,7 @@ class EngineMaker:
         """
         self.model, self.kind, self.get_kernel = model, kind, get_kernel
         self.plain = plain_model(model)
-        self.halves: dict = {}
+        self.halves = Halves()
 
     def engine(self, adapter: str | None = None) -> FastEngine | PlainEngine:
         """The engine for one of the model's adapters, or for the base alone.

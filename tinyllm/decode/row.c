@@ -11,7 +11,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-#define ROWS 8 /* outputs of one token that are summed side by side */
 #define WORTH_SHARING 65536 /* weights of a matrix that more than one thread takes up */
 #define MAX_RANK 1024
 #define BLOCK 8 /* tokens that share one pass over the weights */
@@ -47,43 +46,68 @@ INLINE float sum(f32x8 v) {
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
-/* y[t][o] = W[o] . x[t] for `rows` outputs from o on and n tokens; the sizes are constants.
- * Of 16 bfloat16 numbers the first eight lie in the lower halves of eight words (see row.py). */
+/* Of 16 bfloat16 numbers the first eight lie in the lower halves of eight words (see halves.py). */
+INLINE void open_pair(const void *w, int64_t at, f32x8 *low, f32x8 *high) {
+    u32x8 pair = *(const u32x8 *)((const uint16_t *)w + at);
+    *low = (f32x8)(pair << 16), *high = (f32x8)(pair & 0xffff0000u);
+}
+
+/* One row of W . x, read from front to back: memory is fetched ahead only for a steady reader. */
+INLINE float dot(const void *w, const int half, int64_t at, int64_t in, const float *x) {
+    f32x8 acc[4] = {{0}, {0}, {0}, {0}}, low, high;
+    int64_t i = 0;
+    for (; i + 32 <= in; i += 32)
+        UNROLL for (int j = 0; j < 4; j += 2) {
+            if (half) open_pair(w, at + i + 8 * j, &low, &high);
+            else {
+                low = load((const float *)w + at + i + 8 * j);
+                high = load((const float *)w + at + i + 8 * j + 8);
+            }
+            acc[j] += low * load(x + i + 8 * j);
+            acc[j + 1] += high * load(x + i + 8 * j + 8);
+        }
+    for (; half && i < in; i += 16) {
+        open_pair(w, at + i, &low, &high);
+        acc[0] += low * load(x + i), acc[1] += high * load(x + i + 8);
+    }
+    for (; i < in; i += 8) acc[2] += load((const float *)w + at + i) * load(x + i);
+    return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+/* y[t][o] = W[o] . x[t] for `rows` outputs from o on and four tokens. */
 INLINE void tile(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
-                 int64_t o, const int rows, const int n) {
-    f32x8 acc[8][4];
+                 int64_t o, const int rows) {
+    f32x8 acc[2][4], low, high;
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int t = 0; t < n; t++) acc[r][t] = (f32x8){0};
+        UNROLL for (int t = 0; t < 4; t++) acc[r][t] = (f32x8){0};
     for (int64_t i = 0; i < in; i += half ? 16 : 8) {
         UNROLL for (int r = 0; r < rows; r++) {
             int64_t at = (o + r) * in + i;
             if (half) {
-                u32x8 pair = *(const u32x8 *)((const uint16_t *)w + at);
-                f32x8 low = (f32x8)(pair << 16), high = (f32x8)(pair & 0xffff0000u);
-                UNROLL for (int t = 0; t < n; t++)
+                open_pair(w, at, &low, &high);
+                UNROLL for (int t = 0; t < 4; t++)
                     acc[r][t] += low * load(x + t * in + i) + high * load(x + t * in + i + 8);
             } else {
-                f32x8 weight = load((const float *)w + at);
-                UNROLL for (int t = 0; t < n; t++) acc[r][t] += weight * load(x + t * in + i);
+                low = load((const float *)w + at);
+                UNROLL for (int t = 0; t < 4; t++) acc[r][t] += low * load(x + t * in + i);
             }
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int t = 0; t < n; t++) y[t * out + o + r] = sum(acc[r][t]);
+        UNROLL for (int t = 0; t < 4; t++) y[t * out + o + r] = sum(acc[r][t]);
 }
 
-/* Outputs from `o` to `end`, n tokens at once. */
-INLINE void stretch(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
-                    int64_t o, int64_t end, const int rows, const int n) {
-    for (; o + rows <= end; o += rows) tile(w, half, in, out, x, y, o, rows, n);
-    for (; o < end; o++) tile(w, half, in, out, x, y, o, 1, n);
-}
-
+/* The outputs `from` to `end` of n tokens. */
 INLINE void product(const void *w, const int half, int64_t in, int64_t from, int64_t end, int64_t out,
                     const float *x, float *y, int n) {
     int t = 0;
-    for (; t + 4 <= n; t += 4) stretch(w, half, in, out, x + t * in, y + t * out, from, end, 2, 4);
-    for (; t < n; t++) stretch(w, half, in, out, x + t * in, y + t * out, from, end, ROWS, 1);
+    for (; t + 4 <= n; t += 4, x += 4 * in, y += 4 * out) {
+        int64_t o = from;
+        for (; o + 2 <= end; o += 2) tile(w, half, in, out, x, y, o, 2);
+        for (; o < end; o++) tile(w, half, in, out, x, y, o, 1);
+    }
+    for (; t < n; t++, x += in, y += out)
+        for (int64_t o = from; o < end; o++) y[o] = dot(w, half, o * in, in, x);
 }
 
 static void linear(const Linear *l, const float *x, float *y, int n, int threads) {

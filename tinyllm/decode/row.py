@@ -7,9 +7,9 @@ import ctypes
 import torch
 
 from tinyllm.decode import kernel
+from tinyllm.decode.halves import LANES, Halves
 
 MAX_THREADS = 4  # more have nothing to do in a model that this engine is for
-LANES = 8  # floats that row.c takes at a time
 
 
 class RowDecoder:
@@ -19,7 +19,7 @@ class RowDecoder:
     """
 
     def __init__(
-        self, library: ctypes.CDLL, model, adapter: str | None, halves: dict, context: int
+        self, library: ctypes.CDLL, model, adapter: str | None, halves: Halves, context: int
     ) -> None:
         """Point the kernel to a model.
 
@@ -27,7 +27,7 @@ class RowDecoder:
             model: a plain llama-like transformers model, its layers perhaps wrapped by peft.
             adapter: name of the adapter to add in; None for none.
             context: longest sequence, in tokens.
-            halves: bfloat16 copies by the tensor they stand for, shared between decoders.
+            halves: the base's weights as bfloat16, shared between its decoders.
         """
         config, decoder = model.config, model.model
         self.library, self.halves, self.keep = library, halves, []
@@ -75,7 +75,7 @@ class RowDecoder:
 
     def _linear(self, linear, adapter: str | None):
         base = getattr(linear, "base_layer", linear)
-        weight = self._narrow(base.weight.detach())
+        weight = self.halves.of(base.weight.detach())
         out, size = weight.shape
         native = kernel.Linear(
             weight=self._at(weight), in_=size, out=out, half=weight.dtype == torch.bfloat16,
@@ -87,25 +87,11 @@ class RowDecoder:
             native.rank, native.scale = lora_a.shape[0], linear.scaling[adapter]
         return native
 
-    def _narrow(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as bfloat16 where that loses nothing, as in a base stored that way."""
-        key = weight.data_ptr()
-        if key not in self.halves:
-            half = weight.to(torch.bfloat16)
-            exact = weight.shape[1] % (2 * LANES) == 0 and torch.equal(half.float(), weight)
-            self.halves[key] = _paired(half) if exact else weight
-        return self.halves[key]
-
     def _at(self, tensor: torch.Tensor) -> int:
         """The address of a tensor that stays alive as long as this decoder."""
         tensor = tensor.detach().contiguous()
         self.keep.append(tensor)
         return tensor.data_ptr()
-
-
-def _paired(half: torch.Tensor) -> torch.Tensor:
-    """Each 16 numbers as eight words of two: number ``i`` below, number ``i + 8`` above."""
-    return half.view(half.shape[0], -1, 2, LANES).transpose(2, 3).reshape(half.shape)
 
 
 def fits_kernel(model) -> bool:
