@@ -79,12 +79,11 @@ class Browser:
         remark = f"the oldest {dropped} question(s) no longer fit: forgotten" if dropped else ""
         name = None if wishes.voice == BASE else wishes.voice
         base = ""
-        with self.lock:
-            if wishes.compare and name is not None:
-                for base in stream(speaker, kept, None):
-                    yield base, "", remark
-            for text in stream(speaker, kept, name):
-                yield base, text, remark
+        if wishes.compare and name is not None:
+            for base in self._stream(speaker, kept, None):
+                yield base, "", remark
+        for text in self._stream(speaker, kept, name):
+            yield base, text, remark
 
     def _speaker(self, wishes: Wishes) -> Speaker:
         if wishes.voice not in self.voices:
@@ -102,34 +101,34 @@ class Browser:
         most = max(1, int(wishes.max_new_tokens))
         return replace(self.speaker, sampling=sampling, max_new_tokens=most)
 
+    def _stream(self, speaker: Speaker, messages: list[dict], name: str | None) -> Iterator[str]:
+        """The text so far, each time there is more; closing the iterator stops the model."""
+        pieces: queue.SimpleQueue = queue.SimpleQueue()
+        stopped, text = Event(), ""
 
-def stream(speaker: Speaker, messages: list[dict], name: str | None) -> Iterator[str]:
-    """The text so far, each time there is more; closing the iterator stops the model."""
-    pieces: queue.SimpleQueue = queue.SimpleQueue()
-    stopped, text = Event(), ""
+        def write() -> None:
+            try:
+                with self.lock:  # held by the writing alone: a visitor who leaves holds up nobody
+                    speaker.speak(messages, pieces.put, name, lambda: not stopped.is_set())
+                pieces.put(None)
+            except Exception as error:  # carried over to the visitor's own thread, raised there
+                pieces.put(error)
 
-    def write() -> None:
+        writer = Thread(target=write, daemon=True)
+        writer.start()
         try:
-            speaker.speak(messages, pieces.put, name, lambda: not stopped.is_set())
-            pieces.put(None)
-        except Exception as error:  # carried over to the visitor's own thread, raised there
-            pieces.put(error)
-
-    writer = Thread(target=write, daemon=True)
-    writer.start()
-    try:
-        while True:
-            piece = pieces.get()
-            while isinstance(piece, str):
-                text += piece
-                piece = "" if pieces.empty() else pieces.get()
-                if piece == "":
-                    break
-            yield text
-            if isinstance(piece, Exception):
-                raise piece
-            if piece is None:
-                return
-    finally:
-        stopped.set()
-        writer.join()
+            while True:
+                piece = pieces.get()
+                while isinstance(piece, str):
+                    text += piece
+                    piece = "" if pieces.empty() else pieces.get()
+                    if piece == "":
+                        break
+                yield text
+                if isinstance(piece, Exception):
+                    raise piece
+                if piece is None:
+                    return
+        finally:
+            stopped.set()
+            writer.join()

@@ -85,13 +85,16 @@ def _compare(chat, rest: str) -> None:
 
 
 def _retry(chat, rest: str) -> None:
+    before = chat.turns.turns.copy()
     question = chat.turns.take_back()
     if question is None:
         raise UserError("nothing has been asked yet")
-    before = chat.turns.turns.copy()
-    spoken = chat.ask(question)
-    if not spoken.text:  # an empty reply is not remembered, the question is still the last one
-        chat.turns.turns = before
+    answered = False
+    try:
+        answered = bool(chat.ask(question).text)
+    finally:
+        if not answered:
+            chat.turns.turns = before
 
 
 def _undo(chat, rest: str) -> None:

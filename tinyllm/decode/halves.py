@@ -14,8 +14,8 @@ ALIGNED = 64  # bytes of a cache line
 class Halves:
     """Copies of half the size, one after another in large memory pages.
 
-      A pass over a model touches every page of it; with small pages, finding them takes a good part of the
-    time.
+    A pass over a model touches every page of it; with small pages, finding them takes a good part of
+    the time.
     """
 
     def __init__(self) -> None:
