@@ -118,6 +118,27 @@ def test_compare_shows_base_and_adapter(chat, monkeypatch, capsys):
     assert chat.turns.turns[-1]["content"] == tuned and out.count("comparing with the base") == 2
 
 
+def test_an_adapter_may_come_to_a_base_alone(base_folder, adapters, tmp_path, monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+
+    for engine in ("auto", "generate"):
+        chat = chat_of("--base_model", base_folder, "--engine", engine)
+        base = answer(chat, "你好", None)
+        talk(chat, monkeypatch, capsys, f"/adapter one={adapters[0]}")
+        assert chat.voices.current == "one" and answer(chat, "你好", "one") != base
+        assert answer(chat, "你好", None) == base
+    broken = tmp_path / "broken"
+    shutil.copytree(adapters[1], broken)
+    weights = load_file(broken / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, broken / "adapter_model.safetensors")
+    _, err = talk(
+        chat, monkeypatch, capsys, f"/adapter broken={broken}", f"/adapter two={adapters[1]}"
+    )
+    assert "cannot load it" in err and chat.voices.names == ["one", "two"]
+    assert answer(chat, "你好", None) == base
+
+
 def test_compare_without_adapter_says_so(base_folder, monkeypatch, capsys):
     _, err = talk(chat_of("--base_model", base_folder), monkeypatch, capsys, "/compare")
     assert "no adapter to compare" in err

@@ -10,6 +10,7 @@ import torch
 
 from tinyllm.adapter import (
     CONFIG,
+    Adapter,
     attach_adapter,
     check_fits,
     load_adapter_on_base,
@@ -80,17 +81,30 @@ class Voices:
         if self.merged:
             raise UserError("the first adapter is merged into the base; leave out --merge_weights")
         adapter = read_adapter(path)
-        if not hasattr(self.model, "load_adapter") or not self.adapters:
-            self.model = attach_adapter(self.maker.plain, adapter)
-            self.maker.model, inner = self.model, FIRST
+        if self.adapters:
+            self.adapters[name] = self._beside(adapter)
         else:
-            check_fits(adapter, self.maker.plain)
-            inner = (
-                f"voice_{len(self.adapters)}"  # peft makes it a module's name: no dots, no words
-            )
-            self.model.load_adapter(str(adapter.path), adapter_name=inner)
+            self.model = self.maker.model = attach_adapter(self.maker.plain, adapter)
+            self._engines.clear()  # the base is now what is left when the adapter is off
+            self.adapters[name] = FIRST
         self.model.eval()
-        self.adapters[name] = inner
+
+    def _beside(self, adapter: Adapter) -> str:
+        """Put one more adapter beside the others; returns peft's name for it."""
+        check_fits(adapter, self.maker.plain)
+        inner = (
+            f"voice_{len(self.adapters)}"  # it becomes a module's name: no dots, no words of torch
+        )
+        try:
+            result = self.model.load_adapter(str(adapter.path), adapter_name=inner)
+            missing = [key for key in result.missing_keys if f".{inner}." in key]
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            missing = [" ".join(str(error).split())[:200]]
+        if missing:
+            if inner in self.model.peft_config:
+                self.model.delete_adapter(inner)
+            raise UserError(f"{adapter.path}: peft cannot load it, first {missing[0]}")
+        return inner
 
 
 def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -> Voices:
