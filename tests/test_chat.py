@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -10,10 +11,14 @@ import torch
 from conftest import REPOSITORY, make_model, make_tokenizer
 
 import inference_lora
-from tinyllm import chat as chat_module
-from tinyllm.chat import Chat
+from tinyllm.chat.options import parse_args, sampling_options
+from tinyllm.chat.session import Chat
+from tinyllm.chat.speaker import Speaker, Spoken
+from tinyllm.chat.turns import Turns
+from tinyllm.chat.voices import Voices
 from tinyllm.chat_format import chat_format_of
-from tinyllm.errors import UserError
+from tinyllm.decode.pick import EngineMaker
+from tinyllm.errors import run_program
 from tinyllm.generate import Reply, TextStream, fit_history, generate_reply, stop_ids
 
 QUESTION = [{"role": "user", "content": "你好"}]
@@ -31,9 +36,8 @@ def test_stream_never_shows_half_a_character(tokenizer):
     assert len(ids) > len(text)
     pieces: list[str] = []
     stream = TextStream(tokenizer, pieces.append)
-    stream.put(torch.tensor([[1, 2, 3]]))
     for one in ids:
-        stream.put(torch.tensor([one]))
+        stream.put(one)
     stream.end()
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
 
@@ -41,11 +45,23 @@ def test_stream_never_shows_half_a_character(tokenizer):
 def test_stream_drops_a_character_cut_off_at_the_end(tokenizer):
     pieces: list[str] = []
     stream = TextStream(tokenizer, pieces.append)
-    stream.put(torch.tensor([[0]]))
     for one in tokenizer("好😀").input_ids[:-1]:
-        stream.put(torch.tensor([one]))
+        stream.put(one)
     stream.end()
     assert "".join(pieces) == "好"
+
+
+def test_stream_leaves_out_bytes_that_are_no_text(tokenizer):
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    for one in [
+        *tokenizer("好").input_ids,
+        tokenizer("😀").input_ids[-1],
+        *tokenizer("a龘").input_ids,
+    ]:
+        stream.put(one)
+    stream.end()
+    assert "".join(pieces) == "好a龘"
 
 
 def test_greedy_reply_is_what_generate_gives(parts):
@@ -57,8 +73,8 @@ def test_greedy_reply_is_what_generate_gives(parts):
     prompt = torch.tensor([chat_format.encode_prompt(QUESTION)])
     expected = model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :]
     assert reply.num_tokens == len(expected)
-    assert reply.text == tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert "".join(shown).strip() == reply.text.rstrip("\ufffd").strip()
+    text = tokenizer.decode(expected, skip_special_tokens=True).replace("\ufffd", "").strip()
+    assert reply.text == text == "".join(shown).strip()
 
 
 def test_reply_stops_at_the_end_token(parts, monkeypatch):
@@ -99,16 +115,15 @@ def chat_with(monkeypatch, parts, lines, answers, **settings):
     """Run a chat on given lines, with a stand-in for the model's replies."""
     asked, given = [], iter(answers)
 
-    def reply(model, tokenizer, chat_format, messages, on_text, max_new_tokens, **sampling):
+    def speak(self, messages, on_text, name):
         asked.append([m["content"] for m in messages])
         answer = next(given)
-        if isinstance(answer, BaseException):
-            on_text("一半")
-            raise answer
+        interrupted = isinstance(answer, BaseException)
+        answer = "一半" if interrupted else answer
         on_text(answer)
-        return Reply(answer, 3, True)
+        return Spoken(answer, 3, True, interrupted, 9, 0, 0.1, 0.1, "stand-in")
 
-    monkeypatch.setattr(chat_module, "generate_reply", reply)
+    monkeypatch.setattr(Speaker, "speak", speak)
     source = iter(lines)
 
     def read(prompt):
@@ -119,8 +134,10 @@ def chat_with(monkeypatch, parts, lines, answers, **settings):
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    values = {"system_prompt": "s", "max_length": 200, "max_new_tokens": 20} | settings
-    Chat(*parts, **values).run()
+    model, tokenizer, chat_format = parts
+    values = {"max_length": 200, "max_new_tokens": 20} | settings
+    voices = Voices(model, tokenizer, EngineMaker(model), {})
+    Chat(Speaker(voices, chat_format, **values), Turns("s")).run()
     return asked
 
 
@@ -154,7 +171,7 @@ def test_long_chats_forget_the_oldest_turns_aloud(monkeypatch, parts, capsys):
     assert "forgotten" in capsys.readouterr().err
 
 
-def run_program(*words, text):
+def run_piped(*words, text):
     return subprocess.run(
         [sys.executable, "inference_lora.py", *map(str, words)], input=text.encode(),
         capture_output=True, cwd=REPOSITORY,
@@ -163,7 +180,7 @@ def run_program(*words, text):
 
 @pytest.mark.parametrize("merge", [["--merge_weights"], []])
 def test_the_program_works_piped(base_folder, finished_run, merge):
-    done = run_program("--base_model", base_folder, "--lora_model", finished_run, *merge,
+    done = run_piped("--base_model", base_folder, "--lora_model", finished_run, *merge,
                        "--system_prompt", "你是助手。", "--max_length", "200",
                        "--max_new_tokens", "8", text="你好\n再见\nquit\n")  # fmt: skip
     out = done.stdout.decode()
@@ -188,22 +205,30 @@ def test_the_program_takes_bytes_that_are_no_text(base_folder, finished_run):
         (["--base_model", "{base}", "--max_length", "0"], "must be 1 or more"),
     ],
 )
-def test_mistakes_are_one_line(base_folder, words, message):
-    done = run_program(*[word.format(base=base_folder) for word in words], text="")
-    assert done.returncode == 2
-    lines = done.stderr.decode().strip().splitlines()
+def test_mistakes_are_one_line(base_folder, words, message, capsys):
+    words = [word.format(base=base_folder) for word in words]
+    assert run_program(lambda: inference_lora.main(words)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
 
 
-def test_sampling_flags(monkeypatch):
-    args = inference_lora.parse_args(["--base_model", "x", "--temperature", "0.5"])
-    assert inference_lora.sampling_options(args) == {"temperature": 0.5, "do_sample": True}
-    args = inference_lora.parse_args(["--base_model", "x", "--greedy"])
-    assert inference_lora.sampling_options(args) == {"do_sample": False}
+def test_one_prompt_one_answer(base_folder, capsys):
+    words = ["--base_model", str(base_folder), "--max_new_tokens", "8"]
+    assert inference_lora.main([*words, "--prompt", "你好"]) == 0
+    plain = capsys.readouterr().out
+    assert inference_lora.main([*words, "--prompt", "你好", "--json", "--engine", "generate"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == plain.strip()
+    assert run_program(lambda: inference_lora.main([*words, "--prompt", " "])) == 2
+    assert run_program(lambda: inference_lora.main([*words, "--prompt", "字" * 999])) == 2
+    assert "fewer words" in capsys.readouterr().err
+
+
+def test_sampling_flags():
+    assert sampling_options(parse_args(["--base_model", "x", "--temperature", "0.5"])) == {
+        "temperature": 0.5, "do_sample": True,
+    }  # fmt: skip
+    assert sampling_options(parse_args(["--base_model", "x", "--greedy", "--top_k", "3"])) == {
+        "do_sample": False
+    }
     with pytest.raises(SystemExit):
-        inference_lora.parse_args(["--base_model", "x", "--temprature", "1"])
-
-
-def test_max_length_below_one_is_refused():
-    with pytest.raises(UserError, match="max_new_tokens 0"):
-        inference_lora.parse_args(["--base_model", "x", "--max_new_tokens", "0"])
+        parse_args(["--base_model", "x", "--temprature", "1"])

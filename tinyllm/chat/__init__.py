@@ -1,0 +1,1 @@
+"""The chat: in a terminal, in a pipe, for one question, for a file of questions, in a browser."""

@@ -1,0 +1,101 @@
+"""A model behind ``row.c``: its tensors where they lie, and the cache of one conversation."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from tinyllm.decode import kernel
+from tinyllm.decode.halves import LANES, Halves
+
+MAX_THREADS = 4  # more have nothing to do in a model that this engine is for
+
+
+class RowDecoder:
+    """Takes in ids and gives logits, as :class:`tinyllm.decode.llama.Decoder` does for one row.
+
+    The model's tensors are used in place; those that are bfloat16 numbers get a copy of half the size.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, model, adapter: str | None, halves: Halves, context: int
+    ) -> None:
+        """Point the kernel to a model.
+
+        Args:
+            model: a plain llama-like transformers model, its layers perhaps wrapped by peft.
+            adapter: name of the adapter to add in; None for none.
+            context: longest sequence, in tokens.
+            halves: the base's weights as bfloat16, shared between its decoders.
+        """
+        config, decoder = model.config, model.model
+        self.library, self.halves, self.keep = library, halves, []
+        self.context = min(context, config.max_position_embeddings)
+        attention = decoder.layers[0].self_attn
+        dim, kv_heads = attention.head_dim, config.num_key_value_heads
+        cache = torch.zeros(2, len(decoder.layers), kv_heads, self.context, dim)
+        angles = torch.outer(
+            torch.arange(self.context).float(), decoder.rotary_emb.inv_freq.float()
+        )
+        layers = (kernel.Layer * len(decoder.layers))()
+        for at, (native, layer) in enumerate(zip(layers, decoder.layers, strict=True)):
+            self._fill(native, layer, adapter)
+            native.keys, native.values = self._at(cache[0, at]), self._at(cache[1, at])
+        self.model = kernel.Model(
+            embedding=self._at(decoder.embed_tokens.weight), norm=self._at(decoder.norm.weight),
+            cos=self._at(angles.cos()), sin=self._at(angles.sin()),
+            layers=ctypes.addressof(layers), head=self._linear(model.lm_head, None),
+            num_layers=len(layers), hidden=config.hidden_size, inner=config.intermediate_size,
+            heads=config.num_attention_heads, kv_heads=kv_heads, dim=dim, context=self.context,
+            eps=config.rms_norm_eps, threads=min(torch.get_num_threads(), MAX_THREADS),
+        )  # fmt: skip
+        self.keep.append(layers)
+        self.model.scratch = self._at(torch.empty(library.scratch_size(self.model)))
+        self.logits = torch.empty(1, config.vocab_size)
+
+    def read(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        """Take in ids at positions ``start`` and on.
+
+        Returns:
+            The logits after the last of them, ``(1, V)``; overwritten by the next call.
+        """
+        assert start >= 0 and start + len(ids) <= self.context and ids
+        array = (ctypes.c_int64 * len(ids))(*ids)
+        self.library.forward(self.model, array, len(ids), start, self.logits.data_ptr())
+        return self.logits
+
+    def _fill(self, native, layer, adapter: str | None) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        native.attention_norm = self._at(layer.input_layernorm.weight)
+        native.mlp_norm = self._at(layer.post_attention_layernorm.weight)
+        for part, names in ((attention, "qkvo"), (mlp, ("gate", "up", "down"))):
+            for name in names:
+                setattr(native, name, self._linear(getattr(part, f"{name}_proj"), adapter))
+
+    def _linear(self, linear, adapter: str | None):
+        base = getattr(linear, "base_layer", linear)
+        weight = self.halves.of(base.weight.detach())
+        out, size = weight.shape
+        native = kernel.Linear(
+            weight=self._at(weight), in_=size, out=out, half=weight.dtype == torch.bfloat16,
+            bias=None if base.bias is None else self._at(base.bias),
+        )  # fmt: skip
+        if adapter is not None and adapter in getattr(linear, "lora_A", {}):
+            lora_a, lora_b = linear.lora_A[adapter].weight, linear.lora_B[adapter].weight
+            native.a, native.b = self._at(lora_a.float()), self._at(lora_b.float().t())
+            native.rank, native.scale = lora_a.shape[0], linear.scaling[adapter]
+        return native
+
+    def _at(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor that stays alive as long as this decoder."""
+        tensor = tensor.detach().contiguous()
+        self.keep.append(tensor)
+        return tensor.data_ptr()
+
+
+def fits_kernel(model) -> bool:
+    """Whether every inner size is one that ``row.c`` can take."""
+    config = model.config
+    sizes = (config.hidden_size, config.intermediate_size, model.model.layers[0].self_attn.head_dim)
+    return all(size % LANES == 0 for size in sizes)
