@@ -47,7 +47,8 @@ find_nodes() {
             fail "this SLURM job has $SLURM_NNODES nodes: start one task on each with srun --ntasks-per-node=1 ./script/sft_lora.sh (or set NNODES=1 to use this node alone)"
         NNODES=$SLURM_NNODES
         NODE_RANK=$SLURM_NODEID
-        MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+        [[ -n ${MASTER_ADDR:-} ]] ||
+            read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") || true
         MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 20000))} # another for every job
     fi
     NNODES=${NNODES:-1}

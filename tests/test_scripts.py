@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-TOOLS = ["bash", "dirname", "cat", "env", "uname", "mkdir", "chmod", "rm", "tee", "head"]
+TOOLS = ["bash", "dirname", "cat", "env", "uname", "mkdir", "chmod", "rm", "tee"]
 
 
 @pytest.fixture(scope="module")
