@@ -298,3 +298,18 @@ def test_a_signal_outside_of_the_training_ends_at_once(capsys):
 
     assert run_program(program) == 143
     assert capsys.readouterr().err.strip().endswith("run the same command again to go on")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_launcher_passes_a_signal_on_as_an_exit_code(monkeypatch, number, code):
+    from accelerate.commands import launch as accelerate_launch
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    from tinyllm import launch
+
+    def stopped(args):
+        raise SignalException("stopped", signal.Signals(number))
+
+    monkeypatch.setattr(accelerate_launch, "launch_command", stopped)
+    assert launch.main(["sft_lora.py"]) == code
+    assert launch.explain(1, code) == code

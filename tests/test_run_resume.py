@@ -34,7 +34,7 @@ def steps_of(folder) -> list[int]:
 
 def results_of(folder) -> dict:
     results = json.loads((folder / RUN_FILE).read_text())["results"]
-    return {k: v for k, v in results.items() if k != "train_runtime"}
+    return {k: results[k] for k in ("num_steps", "train_loss", "eval_loss", "eval_loss_before")}
 
 
 def log_of(folder) -> list[dict]:
@@ -179,6 +179,23 @@ def test_a_second_run_into_the_folder_is_refused(base_folder, data_file, cut):
     assert steps_of(folder) == [3, 2, 1]
     other.release()
     assert run(base_folder, data_file, folder, *EVERY_STEP) == 0
+
+
+def test_a_run_that_had_stopped_early_stays_stopped(base_folder, data_file, tmp_path):
+    words = (*EVERY_STEP, "--eval_strategy", "steps", "--eval_steps", "1",
+             "--early_stopping_patience", "1", "--early_stopping_threshold", "1000")  # fmt: skip
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(base_folder, data_file, whole, *words) == 0
+    assert steps_of(whole) == [2, 1]
+    shutil.copytree(whole, folder)
+    stored = json.loads((folder / RUN_FILE).read_text())
+    (folder / RUN_FILE).write_text(json.dumps(stored | {"status": "running"}))
+    (folder / ADAPTER).unlink()
+    with pytest.raises(UserError, match="eval_steps was 1"):
+        run(base_folder, data_file, folder, *words, "--eval_steps", "2")
+    assert run(base_folder, data_file, folder, *words) == 0
+    assert steps_of(folder) == [2, 1]
+    assert_same_run(folder, whole)
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int | None, where: str) -> None:
         self.number = number or signal.SIGTERM  # None: it came on another process of the run
         name = signal.Signals(self.number).name
-        comma = ", " if where else ""
-        super().__init__(f"stopped by {name}{comma}{where}; run the same command again to go on")
+        what = f"stopped by {name} {where}".rstrip()
+        super().__init__(f"{what}; run the same command again to go on")
 
     @property
     def exit_code(self) -> int:

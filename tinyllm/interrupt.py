@@ -92,7 +92,7 @@ class StopRequest:
                 return
             number = data[0]
         if not self.ended.wait(PATIENCE_SECONDS):
-            stop = Interrupted(number, f"no end of the step within {PATIENCE_SECONDS} s, not saved")
+            stop = Interrupted(number, f"in a step of over {PATIENCE_SECONDS} s, not saved")
             _tell(str(stop))
             os._exit(stop.exit_code)
 

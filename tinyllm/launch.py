@@ -18,6 +18,7 @@ def main(words: list[str] | None = None) -> int:
     """Start the processes and wait for them; returns the exit code."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_command_parser().parse_args(words)
@@ -27,6 +28,8 @@ def main(words: list[str] | None = None) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return explain(rank, failure.exitcode)
+    except SignalException as stop:  # passed on to the processes, which have saved and said so
+        return 128 + stop.sigval
     except ConnectionError as error:
         raise UserError(f"MASTER_PORT={args.main_process_port} is in use: {error}") from error
     except (DistError, TimeoutError) as error:

@@ -152,6 +152,10 @@ class EarlyStopping(TrainerCallback):
     def __init__(self, patience: int, threshold: float) -> None:
         self.patience, self.threshold = patience, threshold
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """A run that had stopped when it was killed stays stopped."""
+        self.on_evaluate(args, state, control)
+
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         losses = [e["eval_loss"] for e in state.log_history if "eval_loss" in e and e["step"] > 0]
         waited = evaluations_without_gain(losses, self.threshold)

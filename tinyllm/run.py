@@ -37,7 +37,7 @@ WITHOUT_EFFECT = {
     "eval_steps", "eval_strategy", "verify_resume", "dataloader_num_workers", "ddp_timeout",
     "accept_license", "remote_code_hash",
 } | REPORT_ONLY  # fmt: skip
-# They decide which checkpoint is the best, when the best one is what comes out.
+# They decide which checkpoint is the best, or when to stop, where that is asked for.
 CHOOSE_THE_BEST = {"eval_steps", "eval_strategy", "save_steps", "save_strategy", "eval_dataset"}
 
 
@@ -187,7 +187,8 @@ def _resume_from(run: Run, choice: str | bool | None, say) -> str | None:
 def identity_of(settings: Settings, tokenizer, data: Data) -> dict:
     """Everything that decides which weights come out."""
     flat_ones, args = flat_settings(settings), settings.training
-    best = args.load_best_model_at_end
+    # with either, the evaluations decide about the weights
+    best = args.load_best_model_at_end or settings.run.early_stopping_patience > 0
     ignored = WITHOUT_EFFECT - CHOOSE_THE_BEST if best else WITHOUT_EFFECT
     identity = {
         "base": fingerprint(settings.base.base_model_path, tokenizer)

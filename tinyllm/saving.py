@@ -205,6 +205,11 @@ class SavingTrainer(Trainer):
             self._determine_best_metric(metrics, None)
             self._note_best(Path(self.args.output_dir), Path(self._resumed_from))
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Train nothing when a callback has asked for the end before the first step."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def _finalize_training(self, trial, num_train_samples, start_time):
         return super()._finalize_training(
             trial, num_train_samples, start_time - self.seconds_before
