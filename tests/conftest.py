@@ -118,12 +118,7 @@ def finished_run(tmp_path_factory, base_folder, data_file) -> Path:
     import sft_lora
 
     output = tmp_path_factory.mktemp("runs") / "run"
-    assert (
-        sft_lora.main(
-            train_arguments(
-                base_folder, data_file, output, "--report", "True", "--eval_replies", "1"
-            )
-        )
-        == 0
-    )
+    words = train_arguments(base_folder, data_file, output, "--report", "True", "--eval_replies", "1",
+                            "--logging_steps", "1")  # fmt: skip
+    assert sft_lora.main(words) == 0
     return output
