@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 
 from tinyllm.chat.browser import Browser, Wishes
@@ -80,7 +81,8 @@ def build_page(browser: Browser, system: str):
             retry.click(talk.ask_again, [turns, question, *wishes], shown),
         ]
         stop.click(None, cancels=events)
-        new.click(lambda: ([], [], [], ""), outputs=shown, cancels=events)
+        for begin in (new.click, base_box.clear, chat_box.clear):
+            begin(lambda: ([], [], [], ""), outputs=shown, cancels=events)
         wishes[1].change(lambda on: gr.update(visible=on), wishes[1], base_box)
     return page.queue(default_concurrency_limit=1)
 
@@ -107,6 +109,11 @@ def _wishes(gr, browser: Browser, system: str) -> list:
         gr.Slider(1, 2, d.repetition_penalty, step=0.05, label="repetition_penalty"),
         gr.Slider(1, max(512, d.max_new_tokens), d.max_new_tokens, step=1, label="max_new_tokens"),
     ]  # fmt: skip
+
+
+def as_text(turns: list[dict]) -> list[dict]:
+    """Turns as the chat columns take them: they read HTML, and what is said is none."""
+    return [turn | {"content": html.escape(turn["content"])} for turn in turns]
 
 
 class _Talk:
@@ -140,10 +147,10 @@ class _Talk:
                 chat = [*asked, {"role": "assistant", "content": text}]
                 beside = [*asked, {"role": "assistant", "content": base}]
                 # the turns go out each time: after a stop, what was said so far is remembered
-                yield chat if text.strip() else turns, beside, chat, ""
+                yield chat if text.strip() else turns, as_text(beside), as_text(chat), ""
         except UserError as error:
             self.gr.Warning(str(error))
-            yield turns, turns, turns, question
+            yield turns, as_text(turns), as_text(turns), question
             return
         if remark:
             self.gr.Info(remark)

@@ -49,15 +49,19 @@ def ctrl_c_leaves() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+class LineDropped(KeyboardInterrupt):
+    """Ctrl-C with something on the line."""
+
+
 def read_question(prompt: str = USER_PROMPT) -> str | None:
     """The next line of the input; None at its end, or on Ctrl-C with nothing typed."""
     try:
-        question = input(prompt)
+        question = _read_line(prompt)
         question.encode("utf-8")  # bytes that are no UTF-8 arrive as lone surrogates
-    except KeyboardInterrupt:
+    except LineDropped:
         print()
-        return "" if _typed() else None
-    except EOFError:
+        return ""
+    except (EOFError, KeyboardInterrupt):
         print()
         return None
     except UnicodeError:
@@ -66,18 +70,28 @@ def read_question(prompt: str = USER_PROMPT) -> str | None:
     return without_controls(question)
 
 
+def _read_line(prompt: str) -> str:
+    """``input``; in a terminal Ctrl-C tells whether something was typed, which is gone afterwards."""
+    readline = sys.modules.get("readline")
+    if readline is None or not sys.stdin.isatty():
+        return input(prompt)
+
+    def interrupt(number, frame) -> None:
+        raise LineDropped if readline.get_line_buffer() else KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        return input(prompt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def without_controls(text: str) -> str:
     """Text without characters that mean nothing to a model (Ctrl keys, colour codes); said aloud."""
     kept = text.translate(CONTROLS)
     if len(kept) < len(text):
         note(f"left out {len(text) - len(kept)} control character(s)")
     return kept
-
-
-def _typed() -> bool:
-    """Whether something stood on the line when it was interrupted."""
-    readline = sys.modules.get("readline")
-    return bool(readline and sys.stdin.isatty() and readline.get_line_buffer())
 
 
 def say(text: str, end: str = "\n") -> None:
