@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinyllm.tokenizer_files import save_tokenizer
 from tinyllm.whole_folder import whole_folder
 
 
@@ -15,4 +16,4 @@ def save_merged(model, tokenizer, target: Path) -> None:
     """
     with whole_folder(target) as scratch:
         model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, scratch)

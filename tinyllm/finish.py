@@ -26,6 +26,7 @@ from tinyllm.run import Run, write_run_file
 from tinyllm.saved_adapter import check_saved_adapter, has_learned
 from tinyllm.settings import Settings
 from tinyllm.sharded import is_sharded, whole_state
+from tinyllm.tokenizer_files import save_tokenizer
 
 
 def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> None:
@@ -41,7 +42,7 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         scratch.mkdir(exist_ok=True)
         write = write_adapter if lora else write_whole_model
         write(trainer.model, scratch, state)
-        trainer.processing_class.save_pretrained(scratch)
+        save_tokenizer(trainer.processing_class, scratch)
         if lora and settings.run.save_full_model:
             write_merged_bin(trainer.model, scratch)
         run_folder.publish(scratch, run.folder)
