@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-
 from tinyllm.errors import UserError, run_program
 
 
@@ -27,6 +25,8 @@ def load_lora_model(
     device: str = "auto",
     torch_dtype: str = "auto",
     trust_remote_code: bool = False,
+    force: bool = False,
+    quantize: str | None = None,
 ):
     """Load a base, merge an adapter into it, and return both ready for inference.
 
@@ -36,6 +36,8 @@ def load_lora_model(
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         torch_dtype: ``auto`` (bfloat16 on a GPU that has it, else float32) or a dtype's name.
         trust_remote_code: run Python code that lies in the base's folder.
+        force: go on (with a warning) where base and adapter do not belong together.
+        quantize: ``int8`` or ``int4``: quantise the merged weights for inference.
 
     Returns:
         ``(model, tokenizer)``: a plain transformers model with the adapter in its weights.
@@ -47,9 +49,15 @@ def load_lora_model(
     from tinyllm.base import pick_device, pick_dtype
 
     lora, tokenizer = load_adapter_on_base(
-        base_model_path, lora_model_path, device, "float32", trust_remote_code=trust_remote_code
-    )
-    return merge(lora, pick_dtype(torch_dtype, pick_device(device))), tokenizer
+        base_model_path, lora_model_path, device, "float32",
+        trust_remote_code=trust_remote_code, force=force,
+    )  # fmt: skip
+    model = merge(lora, pick_dtype(torch_dtype, pick_device(device)))
+    if quantize:
+        from tinyllm.quantize import quantize as quantize_weights
+
+        quantize_weights(model, quantize)
+    return model, tokenizer
 
 
 def load_lora_model_without_merge(
@@ -59,11 +67,15 @@ def load_lora_model_without_merge(
     torch_dtype: str = "auto",
     is_trainable: bool = False,
     trust_remote_code: bool = False,
+    force: bool = False,
+    quantize: str | None = None,
 ):
     """Load a base with an adapter beside it.
 
     Args:
-        is_trainable: True to train the adapter further; the others as in :func:`load_lora_model`.
+        is_trainable: True to train the adapter further.
+        quantize: quantise the base's weights, not the adapter; the others as in
+            :func:`load_lora_model`.
 
     Returns:
         ``(model, tokenizer)``: a ``peft.PeftModel``.
@@ -74,32 +86,43 @@ def load_lora_model_without_merge(
     from tinyllm.adapter import load_adapter_on_base
 
     return load_adapter_on_base(
-        base_model_path, lora_model_path, device, torch_dtype, is_trainable, trust_remote_code
-    )
+        base_model_path, lora_model_path, device, torch_dtype, is_trainable, trust_remote_code,
+        force, quantize,
+    )  # fmt: skip
+
+
+def load_lora_adapters(base_model_path: str, adapters: dict[str, str], **options):
+    """Load a base once with several adapters, ``{name: folder}``, the first one active.
+
+    Returns:
+        ``(model, tokenizer)``: a ``peft.PeftModel``; switch with its ``set_adapter(name)``,
+        ``disable_adapter()``, ``add_weighted_adapter(...)`` and ``delete_adapter(name)``.
+
+    Raises:
+        ValueError: as above, or the adapters were trained with different tokenizers.
+    """
+    from tinyllm.adapter import load_adapters_on_base
+
+    return load_adapters_on_base(base_model_path, adapters, **options)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Describe an adapter; with ``--output_dir`` merge it."""
+    """Describe an adapter; with ``--output_dir`` write it merged, or in another format."""
     args = parse_args(argv)
     from tinyllm.quiet import quiet_libraries
 
     quiet_libraries()
     from tinyllm.adapter import read_adapter
 
-    adapter = read_adapter(args.lora_model)
-    print(describe(adapter))
+    if args.lora_model:
+        print(describe(read_adapter(args.lora_model)))
     if args.output_dir is None:
         return 0
     if args.base_model is None:
         raise UserError("--output_dir needs --base_model, the base to merge into")
-    target = Path(args.output_dir)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"--output_dir {target}: the folder is not empty; choose another")
-    from tinyllm.export import save_merged
+    from tinyllm.export.command import export
 
-    model, tokenizer = load_lora_model(args.base_model, args.lora_model, "cpu", args.torch_dtype)
-    save_merged(model, tokenizer, target)
-    print(f"merged model written to {target}")
+    print(export(args))
     return 0
 
 
@@ -120,17 +143,26 @@ def describe(adapter) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Show what an adapter is, or merge it into a folder."
-    )
-    parser.add_argument("--lora_model", "--lora_model_path", required=True, help="adapter folder")
-    parser.add_argument("--base_model", "--base_model_path", help="base folder, for merging")
-    parser.add_argument("--output_dir", help="write the merged model here")
-    parser.add_argument(
-        "--torch_dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-        help="precision of the merged weights (default: %(default)s)",
-    )  # fmt: skip
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(description="Show what an adapter is, merge or export it.")
+    add = parser.add_argument
+    add("--lora_model", "--lora_model_path", help="adapter folder; none exports the base alone")
+    add("--base_model", "--base_model_path", help="base folder, for merging")
+    add("--output_dir", help="write the merged model here; without it only tell what it is")
+    add("--export", default="hf", choices=["hf", "gguf", "gguf_lora", "ollama"],
+        help="what to write: a Hugging Face folder, a GGUF file, the adapter alone as GGUF, or a "
+        "GGUF file with Ollama's Modelfile (default: %(default)s)")  # fmt: skip
+    add("--torch_dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+        help="hf: precision of the weights (default: %(default)s)")  # fmt: skip
+    add("--save_format", default="safetensors", choices=["safetensors", "bin"],
+        help="hf: model.safetensors or pytorch_model.bin (default: %(default)s)")  # fmt: skip
+    add("--gguf_type", default="f16", choices=["f32", "f16", "q8_0"],
+        help="gguf, ollama: precision of the matrices (default: %(default)s)")  # fmt: skip
+    add("--force", action="store_true", help="go on with another base than the adapter's")
+    add("--trust_remote_code", action="store_true", help="run code in the base folder")
+    args = parser.parse_args(argv)
+    if not (args.lora_model or (args.base_model and args.output_dir)):
+        raise UserError("--lora_model is missing: the adapter folder")
+    return args
 
 
 if __name__ == "__main__":

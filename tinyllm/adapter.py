@@ -2,141 +2,33 @@
 
 from __future__ import annotations
 
-import pickle
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoTokenizer
-from transformers.pytorch_utils import Conv1D
 
-from tinyllm.base import TOKENIZER_FILES, load_base, pick_device, pick_dtype, read_json
+from tinyllm.adapter_folder import (
+    BIN,
+    CONFIG,
+    SAFETENSORS,
+    Adapter,
+    read_adapter,
+    read_weights,
+)
+from tinyllm.base import TOKENIZER_FILES, load_base, pick_device, pick_dtype
+from tinyllm.base_record import say, verify_base
 from tinyllm.errors import UserError
-from tinyllm.lora_start import refuse_raw
-from tinyllm.vocabulary import fit_vocabulary
+from tinyllm.fingerprint import hash_tokenizer
+from tinyllm.merge import merge
 
-CONFIG = "adapter_config.json"
-SAFETENSORS = "adapter_model.safetensors"
-BIN = "adapter_model.bin"
+__all__ = [
+    "BIN", "CONFIG", "SAFETENSORS", "Adapter", "attach_adapter", "load_adapter_on_base",
+    "load_adapters_on_base", "merge", "read_adapter", "read_weights",
+]  # fmt: skip
+
 KEY_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter folder that has been read: its configuration and its tensors by name."""
-
-    path: Path
-    config: dict
-    weights: dict[str, torch.Tensor]
-    weights_file: str
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.weights.values())
-
-    @property
-    def has_effect(self) -> bool:
-        """Whether any B matrix differs from zero; a LoRA whose B is zero changes nothing."""
-        return any(t.any().item() for name, t in self.weights.items() if "lora_B" in name)
-
-
-def read_adapter(path: str | Path) -> Adapter:
-    """Read an adapter folder (``.safetensors`` or ``.bin``) without executing anything in it.
-
-    Raises:
-        UserError: the folder, its configuration or its weights are missing or damaged.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{path}: no such adapter folder")
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{path}: no {CONFIG}, so this is no adapter folder")
-    config = read_json(folder / CONFIG)
-    for name in (SAFETENSORS, BIN):
-        if (folder / name).is_file():
-            return Adapter(folder, config, read_weights(folder / name), name)
-    raise UserError(f"{path}: no weights; expected {SAFETENSORS} or {BIN}")
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of one file; a ``.bin`` is unpickled with ``weights_only`` alone.
-
-    Raises:
-        UserError: the file is damaged, or holds code instead of tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused, it holds more than tensors (a pickle can run any code); "
-            "get the adapter as .safetensors from someone you trust"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{path}: the file is damaged or cut short; copy or train it again"
-        ) from error
-    if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
-        raise UserError(f"{path}: expected tensors by name, got something else")
-    return weights
-
-
-def check_fits(adapter: Adapter, model) -> None:
-    """Raise a UserError when the adapter was made for a base of another shape."""
-    modules = dict(model.named_modules())
-    for name, tensor in adapter.weights.items():
-        layer, _, part = name.removeprefix(KEY_PREFIX).partition(".lora_")
-        if part not in ("A.weight", "B.weight"):
-            continue
-        module = modules.get(layer)
-        sizes = layer_sizes(module)
-        if sizes is None:
-            raise UserError(
-                f"{adapter.path}: made for another base: it adapts {layer}, which this base has not"
-            )
-        size, side = (sizes[0], "inputs") if part == "A.weight" else (sizes[1], "outputs")
-        got = tensor.shape[1] if part == "A.weight" else tensor.shape[0]
-        if got != size:
-            raise UserError(
-                f"{adapter.path}: made for another base: its {layer} has {got} {side}, "
-                f"this base's {size}"
-            )
-
-
-def layer_sizes(module) -> tuple[int, int] | None:
-    """``(in, out)`` of a layer that LoRA can adapt; None for any other."""
-    if isinstance(module, Conv1D):  # GPT-2's linear layer: its weight is (in, out)
-        return tuple(module.weight.shape)
-    return (module.in_features, module.out_features) if hasattr(module, "in_features") else None
-
-
-def attach_adapter(model, adapter: Adapter, is_trainable: bool = False) -> PeftModel:
-    """Put an adapter on a base, as a PeftModel.
-
-    Raises:
-        UserError: the adapter does not fit the base, or lacks tensors that its config promises.
-    """
-    refuse_raw(adapter.config, adapter.path)
-    check_fits(adapter, model)
-    try:
-        lora = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=is_trainable)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{adapter.path}: peft cannot load it: {reason}") from error
-    expected = {n.replace(".default", "") for n, _ in lora.named_parameters() if ".lora_" in n}
-    expected = {n.replace("magnitude_vector.weight", "magnitude_vector") for n in expected}  # DoRA
-    missing = sorted(expected - adapter.weights.keys())
-    if missing:
-        raise UserError(
-            f"{adapter.path}: {len(missing)} of {len(expected)} tensors are missing, "
-            f"first {missing[0]}"
-        )
-    return lora
+MAX_NAMES = 3
 
 
 def load_adapter_on_base(
@@ -146,35 +38,204 @@ def load_adapter_on_base(
     torch_dtype: str = "auto",
     is_trainable: bool = False,
     trust_remote_code: bool = False,
+    force: bool = False,
+    quantize: str | None = None,
 ):
-    """Load a base with an adapter beside it.
+    """Load a base with an adapter beside it, after checking that they belong together.
+
+    Args:
+        force: go on with another base or tokenizer than the adapter's, or an adapter without
+            effect; what is wrong is said on stderr.
+        quantize: ``int8`` or ``int4`` for the base's weights; the adapter stays as it is.
 
     Returns:
         ``(PeftModel, tokenizer)``
+
+    Raises:
+        UserError: a folder is missing or damaged, or the two do not belong together.
     """
     adapter = read_adapter(lora_model_path)
     where = pick_device(device)
-    model, tokenizer = load_base(
-        base_model_path, pick_dtype(torch_dtype, where), trust_remote_code=trust_remote_code
-    )
-    if any((adapter.path / name).is_file() for name in TOKENIZER_FILES[:2]):
-        tokenizer = AutoTokenizer.from_pretrained(adapter.path, trust_remote_code=trust_remote_code)
-        fit_vocabulary(model, tokenizer)
-    lora = attach_adapter(model, adapter, is_trainable).to(where)
+    dtype = pick_dtype(torch_dtype, where)
+    model, base_tokenizer = load_base(base_model_path, dtype, trust_remote_code=trust_remote_code)
+    check_fits(adapter, model)  # a wrong shape tells more than a wrong hash
+    tokenizer = own_tokenizer(adapter, trust_remote_code) or base_tokenizer
+    verify_base(adapter.path, base_model_path, base_tokenizer, tokenizer, force)
+    lora = attach_adapter(model, adapter, is_trainable, force=force).to(where)
+    if quantize:
+        from tinyllm.quantize import quantize as quantize_weights
+
+        quantize_weights(lora, quantize)
     return lora.train(is_trainable), tokenizer
 
 
-def merge(lora: PeftModel, dtype: torch.dtype | None = None):
-    """Merge an adapter into its base in float32 and cast last.
+def load_adapters_on_base(
+    base_model_path: str | Path,
+    adapters: Mapping[str, str | Path],
+    device: str = "auto",
+    torch_dtype: str = "auto",
+    trust_remote_code: bool = False,
+    force: bool = False,
+):
+    """Load a base once with several adapters beside it; the first one is active.
 
-    Rounding once at the end keeps the merged model closest to the adapter (peft issue 1836).
+    Args:
+        adapters: folder of each adapter by the name it is to have.
+
+    Returns:
+        ``(PeftModel, tokenizer)``; switch with peft's own ``set_adapter(name)``,
+        ``disable_adapter()``, ``add_weighted_adapter(...)`` and ``delete_adapter(name)``.
 
     Raises:
-        UserError: the merged weights hold NaN or infinity.
+        UserError: as :func:`load_adapter_on_base`, or the adapters' tokenizers differ.
     """
-    dtype = dtype or next(lora.get_base_model().parameters()).dtype
+    if not adapters:
+        raise UserError("load_lora_adapters: no adapters given; expected {name: folder}")
+    where = pick_device(device)
+    dtype = pick_dtype(torch_dtype, where)
+    model, base_tokenizer = load_base(base_model_path, dtype, trust_remote_code=trust_remote_code)
+    tokenizers = {}
+    for name, path in adapters.items():
+        check_name(name)
+        adapter = read_adapter(path)
+        tokenizers[name] = own_tokenizer(adapter, trust_remote_code) or base_tokenizer
+        verify_base(adapter.path, base_model_path, base_tokenizer, tokenizers[name], force)
+        model = attach_adapter(model, adapter, name=name, force=force)
+    return model.to(where).eval(), same_tokenizer(tokenizers)
+
+
+def own_tokenizer(adapter: Adapter, trust_remote_code: bool = False):
+    """The tokenizer that an adapter folder brings, None if it brings none."""
+    if not any((adapter.path / name).is_file() for name in TOKENIZER_FILES[:2]):
+        return None
     try:
-        merged = lora.to(torch.float32).merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise UserError(f"the adapter cannot be merged: {error}") from error
-    return merged.to(dtype).eval()
+        return AutoTokenizer.from_pretrained(adapter.path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"{adapter.path}: its tokenizer cannot be loaded: {error}") from error
+
+
+def same_tokenizer(tokenizers: dict):
+    """The one tokenizer of several adapters; raises a UserError where they differ."""
+    (first, chosen), *others = tokenizers.items()
+    for name, tokenizer in others:
+        if hash_tokenizer(tokenizer) != hash_tokenizer(chosen):
+            raise UserError(f"the adapters {first} and {name} were trained with other tokenizers")
+        if tokenizer.chat_template != chosen.chat_template:
+            raise UserError(f"the adapters {first} and {name} were trained with other templates")
+    return chosen
+
+
+def check_name(name: str) -> None:
+    """peft uses a name as the name of a module: letters, digits and underscores are safe."""
+    if not name.isidentifier() or "lora_" in name:
+        raise UserError(f"adapter name {name!r}: use letters, digits and underscores, not 'lora_'")
+
+
+def attach_adapter(
+    model, adapter: Adapter, is_trainable: bool = False, name: str = "default", force: bool = False
+) -> PeftModel:
+    """Put an adapter on a base (or beside the adapters it has already), as a PeftModel.
+
+    Raises:
+        UserError: the adapter does not fit the base, lacks tensors that its config promises, has
+            others that would be ignored, holds NaN, or has no effect (unless forced).
+    """
+    check_content(adapter, force)
+    is_first = not isinstance(model, PeftModel)
+    base = model if is_first else model.get_base_model()
+    check_fits(adapter, base)
+    names_of_base = {KEY_PREFIX + n for n in base.state_dict()}
+    try:
+        if is_first:
+            model = PeftModel.from_pretrained(
+                model, str(adapter.path), adapter_name=name, is_trainable=is_trainable
+            )
+        else:
+            model.load_adapter(str(adapter.path), adapter_name=name, is_trainable=is_trainable)
+    except KeyError as error:
+        raise UserError(f"{adapter.path}: the tensor {error} is missing") from error
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter.path}: peft cannot load it: {reason}") from error
+    check_complete(adapter, model, name, names_of_base, force)
+    return model
+
+
+def check_content(adapter: Adapter, force: bool = False) -> None:
+    """Raise a UserError for tensors that cannot be what a training has left."""
+    if adapter.broken:
+        raise UserError(
+            f"{adapter.path}: {len(adapter.broken)} tensors hold NaN or infinity, "
+            f"first {adapter.broken[0]}; the training went wrong, take an earlier checkpoint"
+        )
+    if not adapter.has_effect:
+        problem = (
+            f"{adapter.path}: the adapter changes nothing, all {len(adapter.zero_products)} "
+            f"matrices that start at zero still are, as {_some(adapter.zero_products)}"
+        )
+        _stop_unless(force, f"{problem}; was it saved before the first step?")
+
+
+def check_complete(
+    adapter: Adapter, model, name: str, names_of_base: set[str], force: bool = False
+) -> None:
+    """Raise a UserError for tensors that the adapter lacks, or that peft has ignored."""
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    missing = sorted(state.keys() - adapter.weights.keys())
+    if missing:
+        raise UserError(
+            f"{adapter.path}: {len(missing)} of {len(state)} tensors are missing, "
+            f"first {_some(missing)}"
+        )
+    # an adapter may carry layers of its base along (embeddings that were resized)
+    known = state.keys() | names_of_base | {_in_wrapper(n) for n in names_of_base}
+    ignored = sorted(adapter.weights.keys() - known)
+    if ignored:
+        problem = f"{adapter.path}: {len(ignored)} tensors belong to nothing in its configuration"
+        _stop_unless(force, f"{problem} and would be ignored: {_some(ignored)}")
+
+
+def _in_wrapper(name: str) -> str:
+    layer, _, part = name.rpartition(".")
+    return f"{layer}.base_layer.{part}"
+
+
+def _stop_unless(force: bool, problem: str) -> None:
+    if not force:
+        raise UserError(f"{problem}; force=True (--force) to load it all the same")
+    say(f"warning: {problem}; going on, as forced")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
+
+
+def check_fits(adapter: Adapter, model) -> None:
+    """Raise a UserError when the adapter was made for a base of another shape."""
+    modules = {n.replace(".base_layer", ""): m for n, m in model.named_modules()}
+    for name, tensor in adapter.weights.items():
+        layer, _, part = name.removeprefix(KEY_PREFIX).partition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        sizes = sizes_of(modules.get(layer))
+        if sizes is None:
+            raise UserError(
+                f"{adapter.path}: made for another base: it adapts {layer}, which this base has not"
+            )
+        is_a = part == "A.weight"
+        size, side = (sizes[0], "inputs") if is_a else (sizes[1], "outputs")
+        got = tensor.shape[1] if is_a else tensor.shape[0]
+        if got != size:
+            raise UserError(
+                f"{adapter.path}: made for another base: its {layer} has {got} {side}, "
+                f"this base's {size}"
+            )
+
+
+def sizes_of(module) -> tuple[int, int] | None:
+    """``(inputs, outputs)`` of a linear layer, or of GPT-2's Conv1D; None for anything else."""
+    for inputs, outputs in (("in_features", "out_features"), ("nx", "nf")):
+        if hasattr(module, inputs) and hasattr(module, outputs):
+            return getattr(module, inputs), getattr(module, outputs)
+    return None

@@ -11,6 +11,7 @@ import torch
 from tinyllm import run_folder
 from tinyllm.adapter import BIN, SAFETENSORS, read_weights
 from tinyllm.base import read_json
+from tinyllm.base_record import base_record
 from tinyllm.chat_format import chat_format_of
 from tinyllm.data import Data
 from tinyllm.errors import UserError
@@ -42,6 +43,8 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         scratch.mkdir(exist_ok=True)
         write = write_adapter if lora else write_whole_model
         write(trainer.model, scratch, state)
+        if lora:
+            write_base_record(settings, trainer, run, scratch)
         save_tokenizer(trainer.processing_class, scratch)
         if lora and settings.run.save_full_model:
             write_merged_bin(trainer.model, scratch)
@@ -79,6 +82,15 @@ def write_evidence(settings: Settings, trainer, run: Run, data: Data) -> None:
 def has_report(settings: Settings, trainer) -> bool:
     """Whether the run measures itself at its end; with ZeRO-3 that is done afterwards."""
     return settings.run.report and not is_sharded(trainer.args)
+
+
+def write_base_record(settings: Settings, trainer, run: Run, folder: Path) -> None:
+    """Write the fingerprint of the base and the golden ids, which the loaders check."""
+    record = base_record(
+        settings.base.base_model_path, run.identity["base"], trainer.processing_class,
+        settings.data.system_prompt,
+    )  # fmt: skip
+    run_folder.write_json(folder / run_folder.FINGERPRINT_FILE, record)
 
 
 def write_adapter(model, folder: Path, state: dict | None = None) -> None:

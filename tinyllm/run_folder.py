@@ -21,6 +21,8 @@ from tinyllm.lock import LOCK_FILE
 RUN_FILE = "run.json"
 LOG_FILE = "training_log.jsonl"
 DATA_REPORT = "data_report.json"
+FINGERPRINT_FILE = "base_fingerprint.json"
+CERTIFICATE = "merge_certificate.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 RESULT_FILES = (
@@ -42,10 +44,11 @@ NAMED = 3  # differences that are told in full
 
 # What a LoRA run with a held-out set leaves beside its checkpoint-N folders.
 FINAL_FILES = (
-    *ADAPTER_FILES, *TOKENIZER_FILES, *RESULT_FILES, *REPORT_FILES, LINEAGE, DATA_REPORT, MODEL_CARD, RUN_FILE,
+    *ADAPTER_FILES, FINGERPRINT_FILE, *TOKENIZER_FILES, *RESULT_FILES, *REPORT_FILES, LINEAGE,
+    DATA_REPORT, MODEL_CARD, RUN_FILE,
 )  # fmt: skip
 # What it may leave besides: a picture (with matplotlib), logs of TensorBoard, replies on the way.
-OPTIONAL_FILES = ("training_loss.png", "runs", REPLIES, "merge_certificate.json")
+OPTIONAL_FILES = ("training_loss.png", "runs", REPLIES, CERTIFICATE)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Adapter + base → folders and files that stand alone: Hugging Face, GGUF, Ollama."""
