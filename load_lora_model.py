@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+
 from tinyllm.errors import UserError, run_program
 
 
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     from tinyllm.quiet import quiet_libraries
 
     quiet_libraries()
-    from tinyllm.adapter import read_adapter
+    from tinyllm.adapter_folder import describe, read_adapter
 
     if args.lora_model:
         print(describe(read_adapter(args.lora_model)))
@@ -126,22 +127,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def describe(adapter) -> str:
-    """What an adapter is, in a few lines."""
-    config = adapter.config
-    targets = config.get("target_modules")
-    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
-    effect = "" if adapter.has_effect else "\nwarning      every B matrix is zero: no effect at all"
-    return (
-        f"adapter      {adapter.path} ({adapter.weights_file})\n"
-        f"trained on   {config.get('base_model_name_or_path')}\n"
-        f"kind         {config.get('peft_type')}, r {config.get('r')}, "
-        f"alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}\n"
-        f"adapts       {targets}\n"
-        f"parameters   {adapter.num_parameters:,} in {len(adapter.weights)} tensors{effect}"
-    )
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show what an adapter is, merge or export it.")
     add = parser.add_argument
@@ -151,12 +136,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--export", default="hf", choices=["hf", "gguf", "gguf_lora", "ollama"],
         help="what to write: a Hugging Face folder, a GGUF file, the adapter alone as GGUF, or a "
         "GGUF file with Ollama's Modelfile (default: %(default)s)")  # fmt: skip
-    add("--torch_dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-        help="hf: precision of the weights (default: %(default)s)")  # fmt: skip
-    add("--save_format", default="safetensors", choices=["safetensors", "bin"],
-        help="hf: model.safetensors or pytorch_model.bin (default: %(default)s)")  # fmt: skip
-    add("--gguf_type", default="f16", choices=["f32", "f16", "q8_0"],
-        help="gguf, ollama: precision of the matrices (default: %(default)s)")  # fmt: skip
+    add("--torch_dtype", choices=["float32", "bfloat16", "float16"],
+        help="hf: precision of the weights (default: float32)")  # fmt: skip
+    add("--save_format", choices=["safetensors", "bin"],
+        help="hf: model.safetensors or pytorch_model.bin (default: the former)")  # fmt: skip
+    add("--gguf_type", choices=["f32", "f16", "q8_0"],
+        help="gguf, ollama: precision of the matrices (default: f16)")  # fmt: skip
     add("--force", action="store_true", help="go on with another base than the adapter's")
     add("--trust_remote_code", action="store_true", help="run code in the base folder")
     args = parser.parse_args(argv)

@@ -188,13 +188,72 @@ def test_the_program_describes_and_merges(base_folder, finished_run, tmp_path, c
     assert not list(tmp_path.glob(".merged*"))
 
 
-def test_an_adapter_without_effect_is_said(adapter, capsys):
+def change(adapter, how):
+    """Rewrite an adapter's tensors: ``how`` takes and gives them by name."""
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(adapter / SAFETENSORS)
-    save_file({k: v * 0 if "lora_B" in k else v for k, v in weights.items()}, adapter / SAFETENSORS)
+    save_file(how(load_file(adapter / SAFETENSORS)), adapter / SAFETENSORS)
+
+
+def test_an_adapter_without_effect_stops_unless_forced(base_folder, adapter, capsys):
+    change(adapter, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()})
     program.main(["--lora_model", str(adapter)])
     assert "no effect" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"changes nothing, all 14 .*down_proj.lora_B.weight"):
+        load_lora_model(str(base_folder), str(adapter), device="cpu")
+    forced, _ = load_lora_model(str(base_folder), str(adapter), device="cpu", force=True)
+    assert "going on, as forced" in capsys.readouterr().err
+    torch.testing.assert_close(logits(forced), logits(make_model()))
+
+
+def test_whole_layers_trained_along_are_an_effect(adapter):
+    change(adapter, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()})
+    assert not read_adapter(adapter).has_effect
+    change(adapter, lambda w: w | {"base_model.model.lm_head.weight": torch.ones(480, 32)})
+    assert read_adapter(adapter).has_effect
+
+
+def test_tensors_that_would_be_ignored_are_named(base_folder, adapter, capsys):
+    """peft loads such a file without a word."""
+    extra = "base_model.model.model.layers.0.self_attn.qkv_proj.weight"
+    change(adapter, lambda w: w | {extra: torch.ones(4, 4)})
+    with pytest.raises(UserError, match=f"1 tensors belong to nothing .* ignored: {extra}"):
+        load_lora_model(str(base_folder), str(adapter), device="cpu")
+    load_lora_model(str(base_folder), str(adapter), device="cpu", force=True)
+
+
+def test_nan_in_an_adapter_is_named(base_folder, adapter):
+    change(adapter, lambda w: {k: v * float("nan") if "k_proj" in k else v for k, v in w.items()})
+    with pytest.raises(UserError, match=r"4 tensors hold NaN or infinity, first .*k_proj"):
+        load_lora_model(str(base_folder), str(adapter), device="cpu", force=True)
+
+
+def test_a_wrong_rank_is_refused(base_folder, adapter):
+    change(adapter, lambda w: {k: v[:2] if "q_proj.lora_A" in k else v for k, v in w.items()})
+    with pytest.raises(UserError, match=r"peft cannot load it: .*size mismatch"):
+        load_lora_model(str(base_folder), str(adapter), device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_plain_peft_load(base_folder, tmp_path, capsys):
+    """With a trained output layer and an adapted embedding, as other tools write them."""
+    from peft import LoraConfig, get_peft_model
+
+    for number, more in enumerate(
+        ({"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]})
+    ):
+        options = {"r": 2, "target_modules": ["q_proj"]} | more
+        lora = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+        torch.manual_seed(0)
+        for parameter in lora.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        lora.save_pretrained(tmp_path / str(number))
+        loaded, _ = load_lora_model_without_merge(
+            str(base_folder), str(tmp_path / str(number)), "cpu"
+        )
+        assert torch.equal(logits(loaded), logits(lora))
+        assert "carries no fingerprint" in capsys.readouterr().err
 
 
 def test_importing_the_programs_does_nothing():

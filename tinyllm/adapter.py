@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
 from transformers import AutoTokenizer
 
 from tinyllm.adapter_folder import (
@@ -126,9 +127,12 @@ def same_tokenizer(tokenizers: dict):
 
 
 def check_name(name: str) -> None:
-    """peft uses a name as the name of a module: letters, digits and underscores are safe."""
-    if not name.isidentifier() or "lora_" in name:
-        raise UserError(f"adapter name {name!r}: use letters, digits and underscores, not 'lora_'")
+    """Raise a UserError for a name that peft cannot use: it becomes the name of a module."""
+    if not name.isidentifier() or "lora_" in name or hasattr(nn.ModuleDict, name):
+        raise UserError(
+            f"adapter name {name!r}: use letters, digits and underscores, not 'lora_', and no name "
+            "that torch's modules use, such as half or train"
+        )
 
 
 def attach_adapter(

@@ -100,3 +100,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(torch.is_tensor(t) for t in weights.values()):
         raise UserError(f"{path}: expected tensors by name, got something else")
     return weights
+
+
+def describe(adapter: Adapter) -> str:
+    """What an adapter is, in a few lines."""
+    config = adapter.config
+    targets = config.get("target_modules")
+    targets = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
+    effect = "" if adapter.has_effect else "\nwarning      every B matrix is zero: no effect at all"
+    return (
+        f"adapter      {adapter.path} ({adapter.weights_file})\n"
+        f"trained on   {config.get('base_model_name_or_path')}\n"
+        f"kind         {config.get('peft_type')}, r {config.get('r')}, "
+        f"alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}\n"
+        f"adapts       {targets}\n"
+        f"parameters   {adapter.num_parameters:,} in {len(adapter.weights)} tensors{effect}"
+    )

@@ -176,4 +176,3 @@ def summary(content: dict) -> str:
         f"base on {content['num_probes']} prompts ({positions} positions):\n\n"
         + "\n".join([head, "|---|---|---|---|", *rows])
     )
-

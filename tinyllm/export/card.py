@@ -54,7 +54,9 @@ tokenizer = AutoTokenizer.from_pretrained("{target}")
 
 def _head(certificate: dict, target: Path, library: str) -> str:
     adapter = certificate["adapter"]
-    rows = [f"| base | `{certificate['base_model']}` (weights {certificate['base']['weights'][:12]}) |"]
+    rows = [
+        f"| base | `{certificate['base_model']}` (weights {certificate['base']['weights'][:12]}) |"
+    ]
     known = ""
     if adapter is not None:
         rows.append(f"| adapter | `{adapter}` (sha256 {certificate['adapter_sha256'][:12]}) |")

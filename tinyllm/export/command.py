@@ -8,6 +8,14 @@ from pathlib import Path
 from tinyllm.errors import UserError
 from tinyllm.export.source import Source
 
+# Which of the flags means something for which format.
+USED = {
+    "hf": {"torch_dtype", "save_format"},
+    "gguf": {"gguf_type"},
+    "ollama": {"gguf_type"},
+    "gguf_lora": set(),
+}
+
 
 def export(args: argparse.Namespace) -> str:
     """Export as the flags ask.
@@ -18,12 +26,15 @@ def export(args: argparse.Namespace) -> str:
     Raises:
         UserError: see the exporters; nothing was written then.
     """
+    refuse_idle_flags(args)
     source = Source(args.base_model, args.lora_model, args.trust_remote_code, args.force)
     target = Path(args.output_dir)
     if args.export == "hf":
         from tinyllm.export.hf import export_hf
 
-        content = export_hf(source, target, args.torch_dtype, args.save_format)
+        content = export_hf(
+            source, target, args.torch_dtype or "float32", args.save_format or "safetensors"
+        )
     elif args.export == "gguf_lora":
         from tinyllm.export.gguf_lora import export_gguf_lora
 
@@ -33,8 +44,15 @@ def export(args: argparse.Namespace) -> str:
     else:
         from tinyllm.export.gguf import export_gguf
 
-        content = export_gguf(source, target, args.gguf_type, args.export == "ollama")
+        content = export_gguf(source, target, args.gguf_type or "f16", args.export == "ollama")
     return f"merged model written to {target}\n{verdict(content)}"
+
+
+def refuse_idle_flags(args: argparse.Namespace) -> None:
+    """Raise a UserError for a flag that this format would ignore."""
+    for name in sorted(set.union(*USED.values()) - USED[args.export]):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} means nothing with --export {args.export}")
 
 
 def verdict(certificate: dict) -> str:

@@ -60,8 +60,18 @@ def export_gguf(
 
 
 def read_gguf(folder: Path, name: str):
-    """Read a GGUF file with transformers, as a float32 model in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
+    """Read a GGUF file with transformers, as a float32 model in evaluation mode.
+
+    Raises:
+        UserError: transformers takes it for a model of another shape (it knows fewer of the numbers
+            than llama.cpp: Qwen3 with heads of other than 128 values, for one).
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name}: transformers cannot read it back: {reason}") from error
+    return model.eval()
 
 
 def write_gguf(model, tokenizer, path: Path, gguf_type: str = "f16") -> None:

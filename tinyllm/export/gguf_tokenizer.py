@@ -81,7 +81,9 @@ def token_list(tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
     """Tokens by id, and their types: 1 normal, 3 control, 4 defined by the user, 5 unused."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(by_id) >= vocab_size:
-        raise UserError(f"GGUF: token id {max(by_id)} lies beyond the embedding's {vocab_size} rows")
+        raise UserError(
+            f"GGUF: token id {max(by_id)} lies beyond the embedding's {vocab_size} rows"
+        )
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for index in range(vocab_size):
