@@ -253,6 +253,14 @@ def test_an_adapter_that_is_no_plain_lora_has_no_gguf(base_folder, finished_run,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_file_is_not_published(base_folder, finished_run, tmp_path, monkeypatch):
+    """As when the rows of the projections are left in the order of transformers."""
+    monkeypatch.setattr("tinyllm.export.gguf.reorder_heads", lambda name, rows, *_: rows)
+    with pytest.raises(UserError, match="nothing was written: the reloaded model"):
+        export(base_folder, finished_run, tmp_path / "out", "--export", "gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_llama_cpp_reads_it_back(base_folder, finished_run, tmp_path):
     """Tokens, logits, and the adapter applied to the base; skipped without llama-cpp-python."""

@@ -42,11 +42,25 @@ def export_hf(
         model = cast_weights(merged.model, pick_dtype(torch_dtype, torch.device("cpu")))
         save_merged(model, merged.tokenizer, scratch, save_format)
         again, _ = load_base(scratch, torch.float32, trust_remote_code=source.trust_remote_code)
+        check_same_weights(model, again)
         reloaded = certify(merged.reference, again, merged.probes, "reloaded", torch_dtype)
         content = write_certificate(merged, reloaded, torch_dtype, scratch)
         card = merged_card(content, target)
         (scratch / run_folder.MODEL_CARD).write_text(card, encoding="utf-8")
     return content
+
+
+def check_same_weights(written, read) -> None:
+    """Raise a UserError unless a file holds bit for bit the weights that were to be written.
+
+    Args:
+        written: the model in the precision of the file.
+        read: the same model read back, in float32.
+    """
+    found = dict(read.named_parameters())
+    for name, parameter in written.named_parameters():
+        if name not in found or not torch.equal(found[name], parameter.float()):
+            raise UserError(f"nothing was written: read back, {name} is not what was merged")
 
 
 def write_certificate(merged: Merged, reloaded, precision: str, folder: Path) -> dict:
