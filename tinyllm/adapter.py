@@ -102,6 +102,8 @@ def load_adapters_on_base(
         tokenizers[name] = own_tokenizer(adapter, trust_remote_code) or base_tokenizer
         verify_base(adapter.path, base_model_path, base_tokenizer, tokenizers[name], force)
         model = attach_adapter(model, adapter, name=name, force=force)
+        # peft builds a combination with this dropout and leaves it switched on
+        model.peft_config[name].lora_dropout = 0.0
     return model.to(where).eval(), same_tokenizer(tokenizers)
 
 
