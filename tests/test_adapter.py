@@ -176,6 +176,7 @@ def test_the_program_describes_and_merges(base_folder, finished_run, tmp_path, c
 
     assert program.main(["--lora_model", str(finished_run)]) == 0
     shown = capsys.readouterr().out
+    assert "10 golden conversations" in shown
     assert "r 4, alpha 32" in shown and "q_proj" in shown and str(base_folder) in shown
     target = tmp_path / "merged"
     words = ["--base_model", str(base_folder), "--lora_model", str(finished_run)]

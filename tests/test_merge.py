@@ -218,7 +218,9 @@ def test_the_program_needs_an_adapter_or_a_base():
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_weights_stay_close_and_cannot_be_merged_into(base_folder, finished_run, kind):
+def test_quantised_weights_stay_close_and_cannot_be_merged_into(
+    base_folder, finished_run, kind, capfd, caplog
+):
     pytest.importorskip("bitsandbytes")
     from tinyllm.quantize import quantize
 
@@ -232,6 +234,7 @@ def test_quantised_weights_stay_close_and_cannot_be_merged_into(base_folder, fin
         assert 0 < found.mean_kl < {"int8": 2e-3, "int4": 0.3}[kind]
     adapted = {n for n, _ in model.named_parameters() if "lora_" in n}
     assert adapted, "the adapter is still there"
+    assert not caplog.records and "cast" not in capfd.readouterr().err
     with pytest.raises(UserError, match="quantised"):
         merge(model)
     with pytest.raises(UserError, match="quantised already"):

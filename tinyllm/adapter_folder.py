@@ -104,6 +104,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def describe(adapter: Adapter) -> str:
     """What an adapter is, in a few lines."""
+    from tinyllm.base_record import read_record
+
+    record, known = read_record(adapter.path), "none (made elsewhere)"
+    if record:
+        number = len(record["golden"])
+        known = f"base weights {record['base']['weights'][:12]}, {number} golden conversations"
     config = adapter.config
     targets = config.get("target_modules")
     targets = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
@@ -114,5 +120,6 @@ def describe(adapter: Adapter) -> str:
         f"kind         {config.get('peft_type')}, r {config.get('r')}, "
         f"alpha {config.get('lora_alpha')}, dropout {config.get('lora_dropout')}\n"
         f"adapts       {targets}\n"
+        f"fingerprint  {known}\n"
         f"parameters   {adapter.num_parameters:,} in {len(adapter.weights)} tensors{effect}"
     )

@@ -8,7 +8,7 @@ output layer and adapters stay as they are.  ``benchmarks/quantize_cost.py`` mea
 
 from __future__ import annotations
 
-import warnings
+import logging
 
 import torch
 from torch import nn
@@ -96,6 +96,6 @@ def bitsandbytes_package():
         raise UserError(
             f"quantised weights need one more package: pip install -r {REQUIREMENTS}"
         ) from error
-    # its int8 product works on float16 and says so at every first use; the benchmark measures it
-    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast", UserWarning)
+    # its int8 product works on float16 and says so for every layer of every token
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return bitsandbytes
