@@ -56,7 +56,9 @@ def test_transformers_reads_it_back(base_folder, finished_run, tmp_path, kind, k
     if kind == "f32":
         torch.testing.assert_close(found, logits(merged), atol=1e-4, rtol=1e-4)
     tokens = fields["tokenizer.ggml.tokens"]
-    assert tokens == tokenizer.convert_ids_to_tokens(range(len(tokens)))
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    unused = fields["tokenizer.ggml.token_type"][len(tokenizer) :]
+    assert len(tokens) == 480 and set(unused) == {5}
     assert [fields["tokenizer.ggml.token_type"][i] for i in (0, 4, 5)] == [3, 3, 1]
     assert fields["tokenizer.ggml.eos_token_id"] == 1 and fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.add_bos_token"] is False
