@@ -1,6 +1,6 @@
 """What do 8 and 4 bits cost?  Logits, loss and replies of one model, quantised and not.
 
-    pip install -r requirement-quantize.txt
+    pip install -r requirement-quant.txt
     python benchmarks/quantize_cost.py --base_model BASE --lora_model RUN
 
 Every kind meets the same held-out rows.  The reference is the merged model in float32.  Columns:

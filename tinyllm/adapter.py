@@ -7,7 +7,6 @@ from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoTokenizer
 
 from tinyllm.adapter_folder import (
     BIN,
@@ -17,11 +16,19 @@ from tinyllm.adapter_folder import (
     read_adapter,
     read_weights,
 )
-from tinyllm.base import TOKENIZER_FILES, load_base, pick_device, pick_dtype
+from tinyllm.base import (
+    TOKENIZER_FILES,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 from tinyllm.base_record import say, verify_base
 from tinyllm.errors import UserError
 from tinyllm.fingerprint import hash_tokenizer
+from tinyllm.lora_start import refuse_raw
 from tinyllm.merge import merge
+from tinyllm.vocabulary import fit_vocabulary
 
 __all__ = [
     "BIN", "CONFIG", "SAFETENSORS", "Adapter", "attach_adapter", "load_adapter_on_base",
@@ -59,8 +66,9 @@ def load_adapter_on_base(
     where = pick_device(device)
     dtype = pick_dtype(torch_dtype, where)
     model, base_tokenizer = load_base(base_model_path, dtype, trust_remote_code=trust_remote_code)
-    check_fits(adapter, model)  # a wrong shape tells more than a wrong hash
     tokenizer = own_tokenizer(adapter, trust_remote_code) or base_tokenizer
+    fit_vocabulary(model, tokenizer)
+    check_fits(adapter, model)  # a wrong shape tells more than a wrong hash
     verify_base(adapter.path, base_model_path, base_tokenizer, tokenizer, force)
     lora = attach_adapter(model, adapter, is_trainable, force=force).to(where)
     if quantize:
@@ -100,6 +108,8 @@ def load_adapters_on_base(
         check_name(name)
         adapter = read_adapter(path)
         tokenizers[name] = own_tokenizer(adapter, trust_remote_code) or base_tokenizer
+        if not isinstance(model, PeftModel):
+            fit_vocabulary(model, tokenizers[name])
         verify_base(adapter.path, base_model_path, base_tokenizer, tokenizers[name], force)
         model = attach_adapter(model, adapter, name=name, force=force)
         # peft builds a combination with this dropout and leaves it switched on
@@ -112,7 +122,7 @@ def own_tokenizer(adapter: Adapter, trust_remote_code: bool = False):
     if not any((adapter.path / name).is_file() for name in TOKENIZER_FILES[:2]):
         return None
     try:
-        return AutoTokenizer.from_pretrained(adapter.path, trust_remote_code=trust_remote_code)
+        return load_tokenizer(adapter.path, trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{adapter.path}: its tokenizer cannot be loaded: {error}") from error
 
@@ -146,6 +156,7 @@ def attach_adapter(
         UserError: the adapter does not fit the base, lacks tensors that its config promises, has
             others that would be ignored, holds NaN, or has no effect (unless forced).
     """
+    refuse_raw(adapter.config, adapter.path)
     check_content(adapter, force)
     is_first = not isinstance(model, PeftModel)
     base = model if is_first else model.get_base_model()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tinyllm.base import read_json
+from tinyllm.base import load_tokenizer, read_json, resolve_base
 from tinyllm.chat_format import chat_format_of
 from tinyllm.errors import UserError
 from tinyllm.fingerprint import differing_parts, fingerprint, hash_text_side
@@ -18,19 +18,24 @@ from tinyllm.run_folder import FINGERPRINT_FILE
 FORMAT = 1
 
 
-def base_record(base_path: str, base: dict[str, str], tokenizer, system_prompt: str) -> dict:
+def base_record(
+    base_path: str, tokenizer, system_prompt: str, trust_remote_code: bool = False
+) -> dict:
     """What to keep of the base that an adapter was trained on.
 
     Args:
-        base_path: where the base lay; a hint for people, never compared.
-        base: its :func:`~tinyllm.fingerprint.fingerprint`.
-        tokenizer: the tokenizer of the training.
+        base_path: the base; where it lay is a hint for people and never compared.
+        tokenizer: the tokenizer of the training, which may have more tokens than the base's.
         system_prompt: the default system prompt of the training.
     """
+    folder = resolve_base(base_path)
+    base_tokenizer = load_tokenizer(folder, trust_remote_code)
+    chat_format_of(base_tokenizer)
     return {
         "format": FORMAT,
         "base_model_path": base_path,
-        "base": base,
+        "base": fingerprint(folder, base_tokenizer),
+        "training": hash_text_side(tokenizer),
         "system_prompt": system_prompt,
         "golden": golden_examples(chat_format_of(tokenizer), system_prompt),
     }
@@ -56,7 +61,8 @@ def read_record(adapter_folder: Path) -> dict | None:
 def _check_record(path: Path, record: dict) -> None:
     if record.get("format") != FORMAT:
         raise UserError(f"{path}: format {record.get('format')}, this program knows {FORMAT}")
-    if not isinstance(record.get("base"), dict) or not isinstance(record.get("golden"), list):
+    kinds = {"base": dict, "training": dict, "golden": list}
+    if not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{path}: damaged; copy it again, or remove it to load without the check")
 
 
@@ -99,13 +105,11 @@ def verify_base(
 def differences(record: dict, base_path: str | Path, base_tokenizer, tokenizer) -> list[str]:
     """What differs between a record and what is here, in words; empty where all agree."""
     chat_format_of(base_tokenizer)  # a base without a template gets ours, as in training
-    problems = [
-        f"other {part}"
-        for part in differing_parts(record["base"], fingerprint(base_path, base_tokenizer))
-    ]
+    found = fingerprint(resolve_base(base_path), base_tokenizer)
+    problems = [f"other {part}" for part in differing_parts(record["base"], found)]
     chat_format = chat_format_of(tokenizer)
     if tokenizer is not base_tokenizer:
-        own = differing_parts(record["base"], hash_text_side(tokenizer))
+        own = differing_parts(record["training"], hash_text_side(tokenizer))
         problems += [f"the adapter folder's own {part} was changed" for part in own]
     change = first_change(record["golden"], chat_format)
     return [*problems, f"golden ids: {change}"] if change else problems

@@ -44,7 +44,7 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         write = write_adapter if lora else write_whole_model
         write(trainer.model, scratch, state)
         if lora:
-            write_base_record(settings, trainer, run, scratch)
+            write_base_record(settings, trainer, scratch)
         save_tokenizer(trainer.processing_class, scratch)
         if lora and settings.run.save_full_model:
             write_merged_bin(trainer.model, scratch)
@@ -84,11 +84,11 @@ def has_report(settings: Settings, trainer) -> bool:
     return settings.run.report and not is_sharded(trainer.args)
 
 
-def write_base_record(settings: Settings, trainer, run: Run, folder: Path) -> None:
+def write_base_record(settings: Settings, trainer, folder: Path) -> None:
     """Write the fingerprint of the base and the golden ids, which the loaders check."""
     record = base_record(
-        settings.base.base_model_path, run.identity["base"], trainer.processing_class,
-        settings.data.system_prompt,
+        settings.base.base_model_path, trainer.processing_class, settings.data.system_prompt,
+        settings.base.trust_remote_code,
     )  # fmt: skip
     run_folder.write_json(folder / run_folder.FINGERPRINT_FILE, record)
 

@@ -86,12 +86,20 @@ def give_adapted_head_its_own_weight(model) -> None:
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    return one.weight.shape == other.weight.shape and torch.equal(one.weight, other.weight)
+
+
 def keep_untied_if_they_differ(model) -> None:
     """Say in the configuration that the output layer is no longer the embedding.
 
     Otherwise loading the saved model would tie them again and lose what was trained.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
+    if head is None or head.weight.data_ptr() == embedding.weight.data_ptr():
+        return
+    if model.config.get_text_config().tie_word_embeddings and _equal(head, embedding):
+        head.weight = embedding.weight  # both were given the same update: one tensor again
+    else:
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False

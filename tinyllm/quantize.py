@@ -17,7 +17,7 @@ from tinyllm.errors import UserError
 from tinyllm.merge import quantisation_of
 
 KINDS = ("int8", "int4")
-REQUIREMENTS = "requirement-quantize.txt"
+REQUIREMENTS = "requirement-quant.txt"
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from tinyllm.export.gguf_tokenizer import add_tokenizer, split_name, tokenizer_j
 from tinyllm.export.hf import write_certificate
 from tinyllm.export.ollama import modelfile
 from tinyllm.export.source import Source, check_target, merge_source
+from tinyllm.tokenizer_files import save_tokenizer
 from tinyllm.whole_folder import whole_folder
 
 GGUF_TYPES = {"f32": "float32", "f16": "float16", "q8_0": "q8_0"}
@@ -49,7 +50,7 @@ def export_gguf(
         again = read_gguf(scratch, name)
         precision = GGUF_TYPES[gguf_type]
         reloaded = certify(merged.reference, again, merged.probes, "reloaded", precision)
-        merged.tokenizer.save_pretrained(scratch)
+        save_tokenizer(merged.tokenizer, scratch)
         content = write_certificate(merged, reloaded, precision, scratch)
         if with_modelfile:
             text = modelfile(name, merged.tokenizer, merged.facts.get("system_prompt"))

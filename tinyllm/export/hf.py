@@ -14,6 +14,7 @@ from tinyllm.errors import UserError
 from tinyllm.export.card import merged_card
 from tinyllm.export.source import Merged, Source, check_target, merge_source
 from tinyllm.merge import cast_weights
+from tinyllm.tokenizer_files import save_tokenizer
 from tinyllm.whole_folder import whole_folder
 
 SAVE_FORMATS = ("safetensors", "bin")
@@ -87,4 +88,4 @@ def save_merged(model, tokenizer, folder: Path, save_format: str = "safetensors"
         torch.save(model.state_dict(), folder / BIN_WEIGHTS)
     else:
         model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

@@ -11,7 +11,7 @@ import torch
 
 from tinyllm.adapter import load_adapter_on_base
 from tinyllm.adapter_folder import read_adapter
-from tinyllm.base import load_base
+from tinyllm.base import load_base, resolve_base
 from tinyllm.base_record import read_record
 from tinyllm.certificate import Comparison, certify, logits_of, probe_ids
 from tinyllm.errors import UserError
@@ -80,7 +80,7 @@ def facts_of(source: Source, tokenizer) -> dict:
     """What went into an export: hashes of base and adapter, and versions."""
     facts = {
         "base_model": str(source.base),
-        "base": fingerprint(source.base, tokenizer),
+        "base": fingerprint(resolve_base(source.base), tokenizer),
         "adapter": None,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
     }
@@ -93,7 +93,9 @@ def facts_of(source: Source, tokenizer) -> dict:
         "adapter": str(source.adapter),
         "adapter_sha256": hashlib.sha256(content).hexdigest(),
         "system_prompt": record["system_prompt"] if record else None,
-        "base_is_the_recorded_one": None if record is None else record["base"] == facts["base"],
+        "base_is_the_recorded_one": None
+        if record is None
+        else record["base"]["weights"] == facts["base"]["weights"],
     }
 
 
