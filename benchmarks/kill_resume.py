@@ -268,6 +268,7 @@ def measure(options, work: Path) -> int:
         "--gradient_accumulation_steps", "2", "--num_train_epochs", "2", "--save_strategy", "steps",
         "--save_steps", "2", "--save_total_limit", "3", "--logging_steps", "5",
         "--num_sample_replies", "0", "--eval_share", "0.1", "--disable_tqdm", "True",
+        "--report", "False", "--eval_replies", "0",
     ]  # fmt: skip
     reference = work / "reference"
     started = time.monotonic()
