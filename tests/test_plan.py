@@ -13,7 +13,7 @@ import sft_lora
 from tinyllm import sft
 from tinyllm.command_line import parse_settings
 from tinyllm.errors import UserError
-from tinyllm.plan import FLOAT32, make_plan
+from tinyllm.plan import FLOAT32, LOGIT_COPIES, make_plan
 from tinyllm.progress import evaluations_without_gain
 
 
@@ -80,7 +80,7 @@ def test_logits_are_chunked_or_whole(ready):
     small, large = (make_plan(settings, t, data).memory.logits for t in (chunked, whole))
     assert chunked.chunked_loss and not whole.chunked_loss
     learned, vocabulary = data.train.num_supervised, 480
-    assert 0 < large <= 2 * FLOAT32 * learned * vocabulary
+    assert 0 < large <= LOGIT_COPIES * FLOAT32 * learned * vocabulary
     assert small != large
 
 

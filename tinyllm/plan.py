@@ -25,8 +25,11 @@ from tinyllm.settings import Settings
 
 FLOAT32 = 4
 ADAM_BYTES = 2 * FLOAT32  # two moments for each trained parameter
-LOGIT_COPIES = 2  # logits and their log-softmax, then that and the gradient
+LOGIT_COPIES = 3  # logits, their log-softmax and the gradient, before the first is let go
 CHUNK_COPIES = 2  # of a chunk of logits, when the loss is computed in chunks
+# What a CPU process takes besides once it trains: libraries imported at the first step, and memory
+# that the allocator keeps; benchmarks/memory_estimate.py found 110 to 170 MiB.
+TRAINING_OVERHEAD = 140 * 2**20
 FORWARD_SHARE = 1 / 3  # of a training step; an evaluation has no backward pass
 SPREAD = 3  # standard deviations that the largest step lies above the mean one
 
@@ -206,7 +209,7 @@ def expected_memory(trainer, data: Data, saved: float, trainable: int, resting: 
     on_cpu = args.device.type == "cpu"
     tokens = largest_micro_batch(trainer, train.lengths, args.per_device_train_batch_size)
     return Memory(
-        rest=max(0, resting - weights) if on_cpu else 0,
+        rest=max(0, resting - weights) + TRAINING_OVERHEAD if on_cpu else 0,
         weights=weights,
         training=trainable * (FLOAT32 + ADAM_BYTES),
         activations=int(saved * tokens),
