@@ -28,6 +28,7 @@ def add_lora(model, settings: LoraSettings):
         UserError: a setting names a layer or a token that this base has not, or the adapter of
             ``adapter_path`` does not fit.
     """
+    was_tied = is_tied(model)
     if settings.adapter_path:
         lora = continue_adapter(model, settings)
     else:
@@ -35,6 +36,8 @@ def add_lora(model, settings: LoraSettings):
     for parameter in lora.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    if was_tied:
+        check_still_tied(lora)
     keep_precision(lora)
     return lora
 
@@ -44,6 +47,7 @@ def fresh_adapter(model, settings: LoraSettings) -> PeftModel:
     check_targets(model, settings.lora_target_modules)
     check_layers(model, "modules_to_save", settings.modules_to_save)
     check_tokens(model, settings.trainable_token_indices)
+    check_start_fits(model, settings)
     config = lora_config(model, settings)
     if settings.fast_lora and not getattr(model, "is_quantized", False):
         use_fast_lora(config)
@@ -139,6 +143,38 @@ def check_tokens(model, ids: list[int]) -> None:
     if outside:
         raise UserError(
             f"--trainable_token_indices {outside[0]}: this base has ids 0 to {rows - 1}"
+        )
+
+
+def check_start_fits(model, settings: LoraSettings) -> None:
+    """Raise a UserError for OLoRA on GPT-2's layers, whose weights peft would take the wrong way."""
+    if settings.init_lora_weights == "olora" and any(
+        isinstance(m, Conv1D) for m in model.modules()
+    ):
+        raise UserError(
+            "--init_lora_weights olora: peft cannot start this base's layers (Conv1D) that way; "
+            "use pissa"
+        )
+
+
+def check_still_tied(lora: PeftModel) -> None:
+    """Raise a UserError when training would tear a base's tied embeddings apart.
+
+    peft ties what it trains of them for most bases, not for all.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    base = lora.get_base_model()
+    ends = []
+    for end in (base.get_input_embeddings(), base.get_output_embeddings()):
+        trained = isinstance(end, ModulesToSaveWrapper)
+        ends.append(next(iter(end.modules_to_save.values())) if trained else end)
+    if any(isinstance(end, (nn.Embedding, nn.Linear)) for end in ends) and (
+        ends[0].weight is not ends[1].weight
+    ):
+        raise UserError(
+            "--modules_to_save: this base's input and output embeddings are one matrix, and peft "
+            "cannot train them as one here; leave them out, or use --trainable_token_indices"
         )
 
 
