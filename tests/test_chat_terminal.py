@@ -91,7 +91,9 @@ def test_a_conversation_at_a_terminal(talkative):
     chat.send("\x1b[A\x1b[A\n")  # two up: the line before the last
     chat.wait_for("a new conversation")
     chat.wait_for("用户: ")
-    chat.send("half a line\x03")  # Ctrl-C drops what stands on the line
+    chat.send("half a line")
+    chat.wait_for("half a line")
+    chat.send("\x03")  # Ctrl-C drops what stands on the line
     chat.wait_for("用户: ")
     chat.send("\x1b[200~" + "字" * 10_000 + "\x1b[201~\n")
     chat.wait_for("please ask in fewer words")
