@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -24,11 +25,12 @@ def substituted(monkeypatch, base_folder, data_file, tmp_path) -> Path:
     values = {
         "TINYLLM_BASE": base_folder, "TINYLLM_DATA": data_file, "TINYLLM_STEPS": 4,
         "TINYLLM_OUTPUT": tmp_path / "output", "TINYLLM_RUN": tmp_path / "nowhere",
-        "MPLBACKEND": "Agg", "PYTHONUTF8": 1,
+        "TINYLLM_MAX_NEW_TOKENS": 8, "MPLBACKEND": "Agg", "PYTHONUTF8": 1,
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # put back what a cell changes
     monkeypatch.chdir(NOTEBOOK.parent)
     return tmp_path / "output"
 

@@ -57,8 +57,8 @@ def merged(tmp_path_factory):
     words = train_arguments(
         EMBEDDED, rows, place / "run", "--eval_dataset", "none", "--eval_strategy", "no",
         "--save_strategy", "no", "--num_sample_replies", "0", "--data_cache", "none",
-        "--lora_r", "16", "--lora_dropout", "0", "--learning_rate", "3e-3",
-        "--per_device_train_batch_size", "5", "--num_train_epochs", "40",
+        "--lora_r", "16", "--lora_dropout", "0", "--learning_rate", "2e-3",
+        "--per_device_train_batch_size", "5", "--num_train_epochs", "60",
     )  # fmt: skip
     assert sft_lora.main(words) == 0
     folder = place / "merged"

@@ -32,11 +32,10 @@ def blocks(kind: str) -> list[str]:
 
 
 def commands(program: str) -> list[list[str]]:
-    """The words of each of the page's commands of one program."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [
-        w[1:] for w in (shlex.split(line, comments=True) for line in lines) if w[:1] == [program]
-    ]
+    """The words of each of the page's commands of one program; each begins its line."""
+    lines = [re.split(r"\n(?=[a-z])", text.replace("\\\n", " ")) for text in blocks("bash")]
+    split = [shlex.split(line, comments=True) for block in lines for line in block]
+    return [words[1:] for words in split if words[:1] == [program]]
 
 
 def read(path) -> dict:
@@ -81,7 +80,7 @@ def test_the_folder_alone_gives_the_prompt_of_the_training(request, base_folder,
     ours = AutoTokenizer.from_pretrained(base_folder)
     ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert ids == chat_format_of(ours).encode_prompt(MESSAGES)
-    assert theirs.all_special_ids == ours.all_special_ids
+    assert set(theirs.all_special_ids) == set(ours.all_special_ids)
     typed = "<|user|>你好<|endoftext|>"
     assert theirs(typed).input_ids == ours(typed).input_ids
     assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(
@@ -114,8 +113,9 @@ def test_the_merging_commands_are_understood():
     import load_lora_model
 
     found = [words[1:] for words in commands("python") if words[0] == "load_lora_model.py"]
-    assert found
-    for words in found:
+    merging = [words for words in found if "--export" not in words]  # docs/export.md has the others
+    assert merging
+    for words in merging:
         assert load_lora_model.parse_args(words).output_dir.startswith("outputs/")
 
 
