@@ -42,7 +42,7 @@ def test_trained_saved_and_loaded(tmp_path, base_folder, flag):
     from tinyllm.fast_lora import FastLoraLinear
     from tinyllm.finish import write_adapter
     from tinyllm.lora import add_lora
-    from tinyllm.quantise import prepare_quantised, quantisation_config
+    from tinyllm.qlora import prepare_quantised, quantisation_config
 
     ids = torch.randint(5, 470, (2, 13), generator=torch.Generator().manual_seed(3))
     config = quantisation_config(BaseSettings(**{flag: True}), torch.float32)

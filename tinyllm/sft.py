@@ -25,7 +25,7 @@ from tinyllm.plan import describe as describe_plan
 from tinyllm.plan import leaving_no_folder, make_plan
 from tinyllm.preview import marks_for, preview
 from tinyllm.progress import EvaluateBefore
-from tinyllm.quantise import check_quantisation, prepare_quantised, quantisation_config
+from tinyllm.qlora import check_quantisation, prepare_quantised, quantisation_config
 from tinyllm.remote_code import check_code
 from tinyllm.resume import loss_before_training
 from tinyllm.row_search import find_rows
