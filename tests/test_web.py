@@ -36,7 +36,7 @@ def alone(browser, question: str, name: str | None) -> str:
 def said(text: str):
     """A pattern for a reply as a browser shows it; tiny models like characters that nobody sees."""
     words = re.findall(r"[\w，。！？<>]+", text)
-    return re.compile(r"[^\n]*?".join(map(re.escape, words)))
+    return re.compile(r"[\s\S]*?".join(map(re.escape, words)))
 
 
 def test_the_page_begins_with_the_base_s_own_settings(browser, wishes):
