@@ -188,4 +188,4 @@ def test_tensorboard_logs(base_folder, data_file, tmp_path):
     pytest.importorskip("tensorboard", reason="pip install -r requirement-report.txt")
     words = train_arguments(base_folder, data_file, tmp_path / "run", "--report_to", "auto")
     assert sft_lora.main(words) == 0
-    assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
