@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import train_arguments
 
-from tinyllm import quantise
+from tinyllm import qlora
 from tinyllm.errors import UserError
 from tinyllm.settings import BaseSettings, LoraSettings
 
@@ -19,13 +19,13 @@ FLAGS = ["load_in_4bit", "load_in_8bit"]
 def test_what_cannot_work_is_refused(flag, monkeypatch):
     base = BaseSettings(**{flag: True})
     with pytest.raises(UserError, match="needs --use_lora True"):
-        quantise.check_quantisation(base, LoraSettings(use_lora=False))
+        qlora.check_quantisation(base, LoraSettings(use_lora=False))
     with pytest.raises(UserError, match="choose one of the two"):
-        quantise.check_quantisation(base, LoraSettings(init_lora_weights="pissa"))
-    monkeypatch.setattr(quantise, "find_spec", lambda name: None)
+        qlora.check_quantisation(base, LoraSettings(init_lora_weights="pissa"))
+    monkeypatch.setattr(qlora, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirement-quant\.txt"):
-        quantise.check_quantisation(base, LoraSettings())
-    quantise.check_quantisation(BaseSettings(), LoraSettings())
+        qlora.check_quantisation(base, LoraSettings())
+    qlora.check_quantisation(BaseSettings(), LoraSettings())
 
 
 def test_both_at_once_are_refused():
