@@ -113,9 +113,8 @@ def test_the_merging_commands_are_understood():
     import load_lora_model
 
     found = [words[1:] for words in commands("python") if words[0] == "load_lora_model.py"]
-    merging = [words for words in found if "--export" not in words]  # docs/export.md has the others
-    assert merging
-    for words in merging:
+    assert {"--export", "--output_dir"} <= {word for words in found for word in words}
+    for words in found:
         assert load_lora_model.parse_args(words).output_dir.startswith("outputs/")
 
 
