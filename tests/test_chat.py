@@ -136,7 +136,7 @@ def chat_with(monkeypatch, parts, lines, answers, **settings):
     monkeypatch.setattr("builtins.input", read)
     model, tokenizer, chat_format = parts
     values = {"max_length": 200, "max_new_tokens": 20} | settings
-    voices = Voices(model, tokenizer, EngineMaker(model), {})
+    voices = Voices(model, tokenizer, EngineMaker(model), {}, "base")
     Chat(Speaker(voices, chat_format, **values), Turns("s")).run()
     return asked
 

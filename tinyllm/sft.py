@@ -37,7 +37,7 @@ from tinyllm.sharded import is_sharded, num_elements
 from tinyllm.trainer import SftTrainer
 from tinyllm.verify_resume import verify_resume
 from tinyllm.vocabulary import adapter_tokenizer, add_tokens, fit_vocabulary
-from tinyllm.watchers import watchers
+from tinyllm.watchers import keep_tensorboard_in, watchers
 
 __all__ = [
     "build_trainer",
@@ -194,6 +194,7 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
     if trainer.packing.why:
         say(trainer.packing.why)
     trainer.find_rows = partial(find_rows, settings.data, tokenizer, max_length)
+    keep_tensorboard_in(settings.output_dir, trainer)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     check_trainer(settings, trainer, data)

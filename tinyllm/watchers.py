@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.training_args import default_logdir
 
 from tinyllm.chat_format import chat_format_of
 from tinyllm.data import Data
@@ -37,3 +41,14 @@ def watchers(settings: Settings, tokenizer, data: Data) -> list[TrainerCallback]
             )
         found.append(EarlyStopping(run.early_stopping_patience, run.early_stopping_threshold))
     return found
+
+
+def keep_tensorboard_in(folder: Path, trainer) -> None:
+    """Let TensorBoard write into the run folder from the first value on.
+
+    Its callback learns the folder only when training begins, and the evaluation before that would
+    go to ``./runs``.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder / default_logdir())

@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--torch_dtype", default="auto", help="auto, float32, bfloat16 or float16",
         choices=["auto", "float32", "bfloat16", "float16"])  # fmt: skip
+    add("--quantize", choices=["int8", "int4"], help="weights in 8 or 4 bits (bitsandbytes)")
+    add("--force", action="store_true", help="also where base and adapter do not belong together")
     add("--trust_remote_code", action="store_true", help="run code in the base folder")
     return parser
 

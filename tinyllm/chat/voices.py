@@ -10,17 +10,19 @@ import torch
 
 from tinyllm.adapter import (
     CONFIG,
-    Adapter,
     attach_adapter,
-    check_fits,
     load_adapter_on_base,
     merge,
+    own_tokenizer,
     read_adapter,
+    same_tokenizer,
 )
-from tinyllm.base import load_base, pick_device, pick_dtype, read_json
+from tinyllm.base import load_base, load_tokenizer, pick_device, pick_dtype, read_json
+from tinyllm.base_record import verify_base
 from tinyllm.chat.options import adapters_of
 from tinyllm.decode.pick import EngineMaker
 from tinyllm.errors import UserError
+from tinyllm.quantize import quantize
 
 FIRST = "default"  # peft's name for the first adapter
 
@@ -34,10 +36,18 @@ class Voices:
     """
 
     def __init__(
-        self, model, tokenizer, maker: EngineMaker, adapters: dict[str, str | None]
-    ) -> None:
-        """Keep what is loaded; ``adapters`` maps our names to peft's, None where merged."""
+        self, model, tokenizer, maker: EngineMaker, adapters: dict[str, str | None],
+        base: str, force: bool = False,
+    ) -> None:  # fmt: skip
+        """Keep what is loaded.
+
+        Args:
+            adapters: our names → peft's, None where merged.
+            base: the base's folder, which further adapters must have been made for.
+            force: take them also when they were not.
+        """
         self.model, self.tokenizer, self.maker, self.adapters = model, tokenizer, maker, adapters
+        self.base, self.force = base, force
         self.current = next(iter(adapters), None)
         self.merged = next((name for name, inner in adapters.items() if inner is None), None)
         self._engines: dict = {}
@@ -81,30 +91,22 @@ class Voices:
         if self.merged:
             raise UserError("the first adapter is merged into the base; leave out --merge_weights")
         adapter = read_adapter(path)
-        if self.adapters:
-            self.adapters[name] = self._beside(adapter)
-        else:
-            self.model = self.maker.model = attach_adapter(self.maker.plain, adapter)
-            self._engines.clear()  # the base is now what is left when the adapter is off
-            self.adapters[name] = FIRST
-        self.model.eval()
-
-    def _beside(self, adapter: Adapter) -> str:
-        """Put one more adapter beside the others; returns peft's name for it."""
-        check_fits(adapter, self.maker.plain)
-        inner = (
-            f"voice_{len(self.adapters)}"  # it becomes a module's name: no dots, no words of torch
+        tokenizer = own_tokenizer(adapter) or self.tokenizer
+        same_tokenizer(
+            {"base" if not self.adapters else self.names[0]: self.tokenizer, name: tokenizer}
         )
-        try:
-            result = self.model.load_adapter(str(adapter.path), adapter_name=inner)
-            missing = [key for key in result.missing_keys if f".{inner}." in key]
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            missing = [" ".join(str(error).split())[:200]]
-        if missing:
-            if inner in self.model.peft_config:
-                self.model.delete_adapter(inner)
-            raise UserError(f"{adapter.path}: peft cannot load it, first {missing[0]}")
-        return inner
+        verify_base(adapter.path, self.base, load_tokenizer(self.base), tokenizer, self.force)
+        if self.adapters:
+            # it becomes a module's name: no dots, no words of torch
+            inner = f"voice_{len(self.adapters)}"
+            attach_adapter(self.model, adapter, name=inner, force=self.force)
+        else:
+            inner = FIRST
+            self.model = attach_adapter(self.maker.plain, adapter, force=self.force)
+            self.maker.model = self.model
+            self._engines.clear()  # the base is now what is left when the adapter is off
+        self.adapters[name] = inner
+        self.model.eval()
 
 
 def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -> Voices:
@@ -119,23 +121,32 @@ def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -
     base = args.base_model or recorded_base(next(iter(adapters.values())))
     if not adapters:
         model, tokenizer = load_base(base, dtype, device, trust_remote_code=args.trust_remote_code)
-        return Voices(model, tokenizer, EngineMaker(model, args.engine, get_kernel), {})
+        if args.quantize:
+            quantize(model, args.quantize)
+        return Voices(
+            model, tokenizer, EngineMaker(model, args.engine, get_kernel), {}, base, args.force
+        )
     (name, path), *others = adapters.items()
     # a merge starts from float32 and rounds last
     load_as = "float32" if args.merge_weights else args.torch_dtype
     lora, tokenizer = load_adapter_on_base(
-        base, path, args.device, load_as, trust_remote_code=args.trust_remote_code
-    )
+        base, path, args.device, load_as, trust_remote_code=args.trust_remote_code,
+        force=args.force, quantize=None if args.merge_weights else args.quantize,
+    )  # fmt: skip
     maker = EngineMaker(lora, args.engine, get_kernel)
     rounded = (
         dtype != torch.float32
     )  # then the fast engine, which adds the adapter in, does not fit
     alone = args.merge_weights and not others and not args.compare
-    if alone and (rounded or maker.engine(FIRST).name == "generate"):
+    if args.quantize and args.merge_weights and not alone:
+        raise UserError("--quantize with --merge_weights: give one adapter, and no --compare")
+    if alone and (rounded or args.quantize or maker.engine(FIRST).name == "generate"):
         merged = merge(lora, dtype)
+        if args.quantize:
+            quantize(merged, args.quantize)
         maker = EngineMaker(merged, args.engine, get_kernel)
-        return Voices(merged, tokenizer, maker, {name: None})
-    voices = Voices(lora, tokenizer, maker, {name: FIRST})
+        return Voices(merged, tokenizer, maker, {name: None}, base, args.force)
+    voices = Voices(lora, tokenizer, maker, {name: FIRST}, base, args.force)
     for other, path in others:
         voices.add(other, path)
     return voices
