@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.training_args import default_logdir
+from transformers.integrations.integration_utils import default_logdir
 
 from tinyllm.chat_format import chat_format_of
 from tinyllm.data import Data
