@@ -11,6 +11,8 @@ import logging
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tinyllm.errors import UserError
@@ -37,6 +39,17 @@ class Timer:
             return False
         self.last = time.monotonic()
         return True
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """A list that SIGTERM is written into, instead of ending the process."""
+    noted: list[int] = []
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def start_checkpoint(run: Run) -> Path | None:
@@ -81,24 +94,23 @@ def train(run: Run) -> None:
     save, sample, evaluate = map(
         Timer, (settings.save_minutes, settings.sample_minutes, settings.evaluate_minutes)
     )
-    stopped: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    pace = 0.0  # seconds a step, running mean
-    while fraction_done(settings, progress) < 1 and not stopped:
-        started = time.monotonic()
-        loss = run.train_step()
-        seconds = time.monotonic() - started
-        seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
-        progress.seconds += seconds
-        if not pace or progress.step % settings.log_steps == 0:
-            report(run, loss, pace or seconds)
-        pace = 0.9 * pace + 0.1 * seconds if pace else seconds
-        if save.due():
-            run.save()
-        if sample.due():
-            log_samples(run)
-        if evaluate.due():
-            log_evaluation(run)
+    with signals_noted() as stopped:
+        pace = 0.0  # seconds a step, running mean
+        while fraction_done(settings, progress) < 1 and not stopped:
+            started = time.monotonic()
+            loss = run.train_step()
+            seconds = time.monotonic() - started
+            seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
+            progress.seconds += seconds
+            if not pace or progress.step % settings.log_steps == 0:
+                report(run, loss, pace or seconds)
+            pace = 0.9 * pace + 0.1 * seconds if pace else seconds
+            if save.due():
+                run.save()
+            if sample.due():
+                log_samples(run)
+            if evaluate.due():
+                log_evaluation(run)
     run.save()
     if stopped:
         raise UserError("stopped; the same command goes on here")

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from tinyllm.base import context_length
 from tinyllm.chat_format import with_system_prompt
-from tinyllm.generate import stop_ids
+from tinyllm.generate import UNFINISHED, stop_ids
 from tinyllm.records import Record
 
 BATCH = 16
@@ -93,5 +93,5 @@ def _generate(model, tokenizer, prompts, stops, max_new_tokens) -> list[list[int
 def _reply(ids: list[int], stops: list[int], tokenizer) -> dict:
     end = next((place for place, i in enumerate(ids) if i in stops), None)
     said = ids if end is None else ids[:end]
-    text = tokenizer.decode(said, skip_special_tokens=True).strip()
+    text = tokenizer.decode(said, skip_special_tokens=True).replace(UNFINISHED, "").strip()
     return {"text": text, "num_tokens": len(said), "stopped": end is not None}
