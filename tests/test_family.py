@@ -272,8 +272,8 @@ def test_train_load_merge_and_chat(folder, tmp_path):
     from tinyllm.generate import generate_reply
 
     rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    words = train_arguments(folder, rows, tmp_path / "run", "--num_train_epochs", "25",
-                            "--learning_rate", "2e-2", "--lora_r", "8", "--eval_strategy", "no",
+    words = train_arguments(folder, rows, tmp_path / "run", "--num_train_epochs", "60",
+                            "--learning_rate", "2e-2", "--lora_r", "8", "--lora_dropout", "0", "--eval_strategy", "no",
                             "--save_strategy", "no", "--num_sample_replies", "0")  # fmt: skip
     assert sft_lora.main(words) == 0
     model, tokenizer = load_lora_model(str(folder), str(tmp_path / "run"), "cpu")

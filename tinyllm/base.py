@@ -150,9 +150,14 @@ def pick_device(device: str = "auto") -> torch.device:
     """``auto`` is the first GPU (CUDA, else Apple's), else the CPU."""
     if device != "auto":
         try:
-            return torch.device(device)
+            found = torch.device(device)
         except RuntimeError as error:
             raise UserError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+        if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"device {device!r}: PyTorch sees {torch.cuda.device_count()} GPU(s); use cpu or auto"
+            )
+        return found
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.generate import generate_reply
 from tinyllm.lora_start import take_start_off
+from tinyllm.merge import merge
 from tinyllm.model_card import model_card
 from tinyllm.report import plots
 from tinyllm.report.evidence import measure
@@ -51,25 +54,29 @@ def finish(settings: Settings, trainer, run: Run, data: Data, results: dict) -> 
         run_folder.publish(scratch, run.folder)
         more = {"data": data.summary, "results": results}
         write_run_file(run, "running", **more)
-        write_evidence(settings, trainer, run, data)
-        write_run_file(run, "finished", **more)
+        reported = write_evidence(settings, trainer, run, data)
         if lora:
-            has_held_out = results["eval_loss"] is not None
-            _check(run.folder, trainer, has_report(settings, trainer), has_held_out)
+            _check(run.folder, trainer, reported, has_held_out=results["eval_loss"] is not None)
+        write_run_file(run, "finished", **more)
     trainer.accelerator.wait_for_everyone()
 
 
-def write_evidence(settings: Settings, trainer, run: Run, data: Data) -> None:
-    """Measure what the training changed; write report and model card, and say the verdict."""
+def write_evidence(settings: Settings, trainer, run: Run, data: Data) -> bool:
+    """Measure what the training changed, and write the model card; returns whether there is a report.
+
+    A report that fails costs the report, never the run: the adapter is trained and in its place.
+    """
     metrics = None
     if has_report(settings, trainer):
-        tokenizer = trainer.processing_class
-        evidence = measure(trainer.model, tokenizer, chat_format_of(tokenizer), settings, data)
-        metrics = write_report(run.folder, evidence, settings.run.lang)
-        if not plots.can_draw():
-            print(f"note: {plots.MISSING}", file=sys.stderr)
-        print(verdict_line(metrics["verdict"], settings.run.lang), file=sys.stderr)
-        print(f"report: {run.folder / PAGE}", file=sys.stderr, flush=True)
+        try:
+            metrics = write_whole_report(settings, trainer, run, data)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            print(
+                f"warning: no report: {reason}; everything else is in place; "
+                f"python -m tinyllm.report {run.folder} --measure",
+                file=sys.stderr,
+            )
     elif settings.run.report:
         again = f"python -m tinyllm.report {run.folder}"
         print(
@@ -77,6 +84,19 @@ def write_evidence(settings: Settings, trainer, run: Run, data: Data) -> None:
         )
     card = model_card(read_json(run.folder / run_folder.RUN_FILE), metrics)
     (run.folder / run_folder.MODEL_CARD).write_text(card, encoding="utf-8")
+    return metrics is not None
+
+
+def write_whole_report(settings: Settings, trainer, run: Run, data: Data) -> dict:
+    """Measure, write the report, say the verdict; returns the metrics."""
+    tokenizer = trainer.processing_class
+    evidence = measure(trainer.model, tokenizer, chat_format_of(tokenizer), settings, data)
+    metrics = write_report(run.folder, evidence, settings.run.lang)
+    if not plots.can_draw():
+        print(f"note: {plots.MISSING}", file=sys.stderr)
+    print(verdict_line(metrics["verdict"], settings.run.lang), file=sys.stderr)
+    print(f"report: {run.folder / PAGE}", file=sys.stderr, flush=True)
+    return metrics
 
 
 def has_report(settings: Settings, trainer) -> bool:
@@ -121,11 +141,8 @@ def write_whole_model(model, folder: Path, state: dict | None = None) -> None:
 
 def write_merged_bin(model, folder: Path) -> None:
     """Write ``pytorch_model.bin``: the base with the adapter merged in, in float32."""
-    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    state = merged.state_dict()
-    torch.save(
-        {name: tensor.float() for name, tensor in state.items()}, folder / run_folder.FULL_MODEL
-    )
+    merged = merge(copy.deepcopy(model), torch.float32)
+    torch.save(merged.state_dict(), folder / run_folder.FULL_MODEL)
     merged.config.save_pretrained(folder)
 
 
@@ -167,12 +184,21 @@ def show_samples(settings: Settings, trainer, chat_format, data: Data) -> None:
 
 def chat_command(settings: Settings) -> str:
     """The command that chats with what this run has made."""
+    folder = quoted(settings.training.output_dir)
     if not settings.lora.use_lora:
-        return f"python inference_lora.py --base_model {settings.training.output_dir}"
+        return f"python inference_lora.py --base_model {folder}"
+    code = " --trust_remote_code" if settings.base.trust_remote_code else ""
     return (
         "python inference_lora.py \\\n"
-        f"    --base_model {settings.base.base_model_path} \\\n"
-        f"    --lora_model {settings.training.output_dir} \\\n"
-        f'    --system_prompt "{settings.data.system_prompt}" \\\n'
-        "    --merge_weights"
+        f"    --base_model {quoted(settings.base.base_model_path)} \\\n"
+        f"    --lora_model {folder} \\\n"
+        f"    --system_prompt {quoted(settings.data.system_prompt)} \\\n"
+        f"    --merge_weights{code}"
     )
+
+
+def quoted(text: str) -> str:
+    """A word for a shell, in the double quotes of the guide where they are enough."""
+    if re.fullmatch(r"[\w./:=@%+-]+", text, re.ASCII):
+        return text
+    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'

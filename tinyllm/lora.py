@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from tinyllm.errors import UserError
 from tinyllm.fast_lora import use_fast_lora
 from tinyllm.lora_settings import parse_pattern
-from tinyllm.lora_start import remember_start
+from tinyllm.lora_start import refuse_raw, remember_start
 from tinyllm.settings import LoraSettings
 from tinyllm.sharded import num_elements
 from tinyllm.vocabulary import embedding_rows, is_tied
@@ -90,6 +90,7 @@ def continue_adapter(model, settings: LoraSettings) -> PeftModel:
 
     adapter = read_adapter(settings.adapter_path)
     check_fits(adapter, model)
+    refuse_raw(adapter.config, adapter.path)
     path = str(Path(settings.adapter_path))
     try:
         config = LoraConfig.from_pretrained(path)

@@ -46,7 +46,9 @@ def facts(run: dict) -> str:
         ("training loss (mean)", f"{results['train_loss']:.4f}"),
         ("held-out loss", _held_out(results)),
     ]  # fmt: skip
-    if settings["use_lora"]:
+    if settings.get("adapter_path"):
+        rows.insert(4, ("LoRA", f"`{settings['adapter_path']}`, trained further"))
+    elif settings["use_lora"]:
         targets = ", ".join(settings["lora_target_modules"])
         rows.insert(4, ("LoRA", f"r {settings['lora_r']}, alpha {settings['lora_alpha']}, "
                         f"dropout {settings['lora_dropout']}, {targets}"))  # fmt: skip
@@ -56,7 +58,8 @@ def facts(run: dict) -> str:
 def evidence(run: dict, metrics: dict | None) -> str:
     """The verdict and what it rests on."""
     if metrics is None:
-        return "## Did it work?\n\nNot measured (`--report False`)."
+        folder = run["settings"]["output_dir"]
+        return f"## Did it work?\n\nNot measured yet: `python -m tinyllm.report {folder}`."
     found = metrics["evidence"]
     rows = []
     for label, part, name, form in (
@@ -105,6 +108,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
+    # peft alone does not make room for the tokens that this run has added
+    rows = f'len(AutoTokenizer.from_pretrained("{folder}"))'
+    resize = f"base.resize_token_embeddings({rows})\n" if settings.get("new_special_tokens") else ""
     return f"""## Use
 
 ```bash
@@ -134,7 +140,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{folder}").merge_and_unload()
+{resize}model = PeftModel.from_pretrained(base, "{folder}").merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
 

@@ -232,9 +232,9 @@ def _tied_bytes(model) -> int:
 def logits_bytes(trainer, data: Data, tokens: int) -> int:
     """Logits of the largest training or evaluation batch, as many copies as are held at once."""
     words = vocabulary(trainer)
-    if trainer.chunked_loss:
+    if trainer.chunked_loss and trainer.accelerator.num_processes == 1:
         chunk = CHUNK_ELEMENTS.get(trainer.args.device.type, LARGE_CHUNK_ELEMENTS)
-        return FLOAT32 * CHUNK_COPIES * chunk
+        return FLOAT32 * CHUNK_COPIES * min(chunk, tokens * words)
     share = data.train.num_supervised / max(1, len(data.train.input_ids))
     learned = tokens * share
     if data.held_out:

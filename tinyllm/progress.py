@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from tinyllm.json_lines import append_line, read_lines, write_lines
 from tinyllm.report.replies import Question, reply_to_all
 from tinyllm.sharded import is_sharded
 
@@ -124,9 +124,9 @@ class EvalReplies(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        # the replies of step 0 were given a moment ago, or stand in the file already
+        kept = [line for line in read_lines(self.path) if line["step"] <= state.global_step]
+        write_lines(self.path, list({(e["step"], e["question"]): e for e in kept}.values()))
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, **kw) -> None:
         if not state.is_world_process_zero or not self.questions:
@@ -189,9 +189,3 @@ class Lineage(TrainerCallback):
         if state.is_world_process_zero:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             append_line(self.path, {"started": now, "after_step": state.global_step})
-
-
-def append_line(path: Path, content: dict) -> None:
-    """Add one JSON line to a file."""
-    with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(content, ensure_ascii=False) + "\n")

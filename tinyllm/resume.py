@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from tinyllm import checkpoint
 from tinyllm.base import read_json
 from tinyllm.errors import UserError
+from tinyllm.json_lines import read_lines, write_lines
 from tinyllm.run_folder import difference
+from tinyllm.settings import BaseSettings, DataSettings, LoraSettings, RunSettings
 
 YES, NO = ("true", "yes", "1"), ("false", "no", "0", "none")
 
@@ -55,26 +57,32 @@ def chosen(path: Path, identity: dict, say: Callable[[str], None]) -> str:
 def foreign(path: Path, identity: dict) -> str | None:
     """Why a sound checkpoint does not belong to this run, None when it does."""
     stored = checkpoint.read_manifest(path)["identity"]
-    changed = difference(flat(stored), flat(identity))
+    changed = difference(flat(stored), flat(without_news(stored, identity)))
     return f"it is from another run: {changed}" if changed else None
+
+
+def without_news(stored: dict, now: dict) -> dict:
+    """An identity without the settings that an older run did not know yet, where they do nothing new.
+
+    A setting that came with an update and stands at its default must not part a run from itself.
+    """
+    parts = (BaseSettings, LoraSettings, DataSettings, RunSettings)
+    defaults = {name: value for part in parts for name, value in asdict(part()).items()}
+    known = stored.get("settings", {})
+    kept = {
+        name: value
+        for name, value in now["settings"].items()
+        if name in known or name not in defaults or value != defaults[name]
+    }
+    return now | {"settings": kept}
 
 
 def trim_log(path: Path, resume_from: str | None) -> None:
     """Drop the log lines that the run will write again: those its checkpoint knows nothing of."""
     if not path.is_file():
         return
-    kept = []
     last, known = _history(resume_from)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # cut short by a kill; it is the last one
-        if entry["step"] < last or entry in known:
-            kept.append(line + "\n")
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    scratch.replace(path)
+    write_lines(path, [e for e in read_lines(path) if e["step"] < last or e in known])
 
 
 def _history(resume_from: str | None) -> tuple[int, list[dict]]:
@@ -87,9 +95,7 @@ def _history(resume_from: str | None) -> tuple[int, list[dict]]:
 
 def loss_before_training(path: Path) -> float | None:
     """The held-out loss of step 0, from the log of the run that is gone on with."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    entries = [json.loads(line) for line in lines]
-    found = [e["eval_loss"] for e in entries if e["step"] == 0 and "eval_loss" in e]
+    found = [e["eval_loss"] for e in read_lines(path) if e["step"] == 0 and "eval_loss" in e]
     return found[0] if found else None
 
 

@@ -19,7 +19,7 @@ from tinyllm.lock import FolderLock
 from tinyllm.ranks import decide_on_first
 from tinyllm.remote_code import code_identity
 from tinyllm.report.settings import REPORT_ONLY
-from tinyllm.resume import chosen, flat, newest, parse_choice, trim_log
+from tinyllm.resume import chosen, flat, newest, parse_choice, trim_log, without_news
 from tinyllm.settings import Settings
 
 ANEW = (
@@ -35,10 +35,18 @@ WITHOUT_EFFECT = {
     "per_device_eval_batch_size", "num_sample_replies", "save_full_model", "eval_dataset",
     "eval_share", "base_model_path", "dataset", "data_cache", "preview", "local_rank",
     "eval_steps", "eval_strategy", "verify_resume", "dataloader_num_workers", "ddp_timeout",
-    "accept_license", "remote_code_hash",
+    "accept_license", "remote_code_hash", "logging_nan_inf_filter", "log_on_each_node",
+    "log_level_replica", "include_num_input_tokens_seen", "project", "push_to_hub", "hub_model_id",
+    "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "skip_memory_metrics", "prediction_loss_only", "eval_on_start", "eval_delay", "debug",
+    "eval_accumulation_steps", "do_train", "do_eval", "do_predict", "ddp_backend",
 } | REPORT_ONLY  # fmt: skip
 # They decide which checkpoint is the best, or when to stop, where that is asked for.
-CHOOSE_THE_BEST = {"eval_steps", "eval_strategy", "save_steps", "save_strategy", "eval_dataset"}
+CHOOSE_THE_BEST = {
+    "eval_steps", "eval_strategy", "save_steps", "save_strategy", "eval_dataset", "eval_delay",
+    "eval_on_start",
+}  # fmt: skip
 
 
 @dataclass
@@ -123,7 +131,9 @@ def _is_finished(run: Run, say) -> bool:
     found = run_folder.look(run.folder)
     if found.status == "new":
         return False
-    if changed := run_folder.difference(flat(found.identity), flat(run.identity)):
+    if changed := run_folder.difference(
+        flat(found.identity), flat(without_news(found.identity, run.identity))
+    ):
         raise UserError(
             f"{run.folder} holds a {found.status} run of another kind: {changed}; {ANEW}"
         )
@@ -232,6 +242,7 @@ def flat_settings(settings: Settings) -> dict:
     always = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type",
               "gradient_accumulation_steps", "warmup_steps", "seed", "output_dir")  # fmt: skip
     chosen = {k: v for k, v in training.items() if k in always or v != default.get(k)}
+    chosen.pop("hub_token", None)  # a secret: it belongs in no file
     return ours | chosen
 
 

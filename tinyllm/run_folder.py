@@ -132,7 +132,8 @@ def clear_if_unwritable(folder: Path) -> Iterator[None]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove final files that a killed process did not move in."""
-    shutil.rmtree(folder / FINISHING, ignore_errors=True)
+    for name in (FINISHING, ".reporting"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for path in folder.glob(".*.tmp"):
         path.unlink()
 

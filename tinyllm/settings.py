@@ -23,6 +23,8 @@ EMBEDDED_BASE = "outputs/ckpt/ptm_tiny_llm_16m_epoch1/last_ptm_model"
 DEFAULT_RUN = "outputs/ckpt/sft_lora_tiny_llm_16m_epoch3"
 USUAL_MAX_LENGTH = 512
 MAX_SAMPLE_REPLIES = 50
+# Settings of TrainingArguments that act in parts of the Trainer which ours replaces.
+UNSUPPORTED = ("label_smoothing_factor", "auto_find_batch_size", "torch_empty_cache_steps", "fsdp")
 DEFAULT_TARGETS = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -243,6 +245,11 @@ class SftArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.report_to = loggers(self.report_to)
+        for name in UNSUPPORTED:
+            if getattr(self, name):
+                raise UserError(
+                    f"--{name} has no effect on this project's training step; leave it out"
+                )
         super().__post_init__()
 
 

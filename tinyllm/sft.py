@@ -9,14 +9,17 @@ from functools import partial
 import torch
 
 from tinyllm import data as data_stage
-from tinyllm import ranks
+from tinyllm import ranks, run_folder
+from tinyllm.adapter import own_tokenizer, read_adapter
 from tinyllm.advice import advice, facts_of
 from tinyllm.base import context_length, load_base, pick_dtype, resolve_base
+from tinyllm.base_record import verify_base
 from tinyllm.chat_format import chat_format_of, has_own_template
 from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
+from tinyllm.interrupt import NeverStop
 from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters, describe_adapter
 from tinyllm.lora_start import keep_start
@@ -30,13 +33,12 @@ from tinyllm.remote_code import check_code
 from tinyllm.resume import loss_before_training
 from tinyllm.row_search import find_rows
 from tinyllm.run import Run, open_run
-from tinyllm.run_folder import LOG_FILE
 from tinyllm.saved_adapter import CheckSavedAdapter
 from tinyllm.settings import USUAL_MAX_LENGTH, Settings
 from tinyllm.sharded import is_sharded, num_elements
 from tinyllm.trainer import SftTrainer
 from tinyllm.verify_resume import verify_resume
-from tinyllm.vocabulary import adapter_tokenizer, add_tokens, fit_vocabulary
+from tinyllm.vocabulary import add_tokens, fit_vocabulary
 from tinyllm.watchers import keep_tensorboard_in, watchers
 
 __all__ = [
@@ -73,6 +75,11 @@ def load_model(settings: Settings):
     """Load the base: ``(model, tokenizer, chat_format)``."""
     base, lora = settings.base, settings.lora
     check_quantisation(base, lora)
+    if (base.load_in_4bit or base.load_in_8bit) and settings.run.save_full_model:
+        raise UserError(
+            "--save_full_model True with a quantised base: its weights are rounded; merge afterwards "
+            "into the original base, with python load_lora_model.py"
+        )
     check_distribution(settings)
     # one process fetches and converts what is no folder, the others find it in place
     base.base_model_path = ranks.in_turns(
@@ -86,7 +93,7 @@ def load_model(settings: Settings):
         trust_remote_code=base.trust_remote_code,
         quantisation=quantisation_config(base, dtype),
     )  # fmt: skip
-    tokenizer = prepare_vocabulary(lora, model, tokenizer)
+    tokenizer = prepare_vocabulary(settings, model, tokenizer)
     had_template = has_own_template(tokenizer) or tokenizer.chat_template
     chat_format = chat_format_of(tokenizer)
     if not had_template:
@@ -126,11 +133,18 @@ def check_distribution(settings: Settings) -> None:
         )
 
 
-def prepare_vocabulary(lora, model, tokenizer):
-    """The tokenizer with the tokens that this run adds, or that its adapter brings."""
+def prepare_vocabulary(settings: Settings, model, tokenizer):
+    """The tokenizer with the tokens that this run adds, or that its adapter brings.
+
+    Raises:
+        UserError: the adapter to go on with was made for another base.
+    """
+    lora, base_tokenizer = settings.lora, tokenizer
     if lora.adapter_path:
-        tokenizer = adapter_tokenizer(lora.adapter_path, tokenizer)
+        adapter = read_adapter(lora.adapter_path)
+        tokenizer = own_tokenizer(adapter) or tokenizer
         fit_vocabulary(model, tokenizer)
+        verify_base(adapter.path, settings.base.base_model_path, base_tokenizer, tokenizer)
     if lora.new_special_tokens:
         ids = add_tokens(model, tokenizer, lora.new_special_tokens)
         lora.trainable_token_indices = sorted({*lora.trainable_token_indices, *ids})
@@ -203,7 +217,8 @@ def build_trainer(settings: Settings, model, tokenizer, data: Data, max_length: 
 
 def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> dict:
     """Say what is about to happen, in numbers; returns them."""
-    plan = make_plan(settings, trainer, data)
+    with one_line_for_faults(settings.output_dir, settings.training, NeverStop()):
+        plan = make_plan(settings, trainer, data)
     say(describe_plan(plan, settings, trainer))
     for line in advice(facts_of(settings, trainer, data)):
         say(f"advice: {line}")
@@ -213,22 +228,23 @@ def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> dict:
 def dry_run(settings: Settings, model, tokenizer, data: Data, max_length: int) -> None:
     """Print the plan of a run that is not started; no folder is left behind."""
     settings.training.report_to = []
-    with leaving_no_folder(settings.output_dir):
+    folder = settings.output_dir
+    with run_folder.clear_if_unwritable(folder), leaving_no_folder(folder):
         print_plan(settings, build_trainer(settings, model, tokenizer, data, max_length), data)
-    say("dry run: nothing was trained or written")
+    say("dry run: nothing was trained, and no run folder was made")
 
 
 def train(trainer: SftTrainer, run: Run) -> dict:
     """Train; returns the numbers for ``run.json`` and the model card."""
     trainer.identity, trainer.stop = run.identity, run.stop
-    with one_line_for_faults(run.folder, trainer.args, run.stop):
+    with one_line_for_faults(run.folder, trainer.asked, run.stop):
         return _train(trainer, run)
 
 
 def _train(trainer: SftTrainer, run: Run) -> dict:
     keep_start(trainer.model, run.folder, trainer.is_world_process_zero())
     has_held_out = trainer.eval_dataset is not None
-    before = EvaluateBefore(trainer, loss_before_training(run.folder / LOG_FILE))
+    before = EvaluateBefore(trainer, loss_before_training(run.folder / run_folder.LOG_FILE))
     if has_held_out and run.resume_from is None:
         before.evaluate()
     with run.stop.defer():

@@ -63,6 +63,7 @@ class SftTrainer(SavingTrainer):
         # autocast is a wrapper around the whole forward, which this path goes past
         plain = has_plain_frozen_head(self.causal_model) and not (args.bf16 or args.fp16)
         self.chunked_loss = args.chunked_loss and plain
+        self.asked = args  # as the user wrote them; self.args counts whole steps
         super().__init__(
             model=model,
             args=whole_steps(args),

@@ -23,6 +23,7 @@ from tinyllm.errors import UserError
 from tinyllm.faults import one_line_for_faults
 from tinyllm.interrupt import NeverStop
 from tinyllm.ranks import is_first
+from tinyllm.run_folder import clear_if_unwritable
 from tinyllm.settings import Settings
 
 STEPS = 6
@@ -60,8 +61,12 @@ def _train(
     """Build everything anew, train to the last step; returns all that training has changed."""
     from tinyllm import sft
 
-    settings = dataclasses.replace(settings, training=_short(settings.training, folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = dataclasses.replace(
+        settings, training=_short(settings.training, folder),
+        run=dataclasses.replace(settings.run, early_stopping_patience=0, eval_replies=0),
+    )  # fmt: skip
+    with clear_if_unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with one_line_for_faults(folder, settings.training, NeverStop()):
         model, tokenizer, _ = sft.load_model(settings)
         model = sft.prepare_model(settings, model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tinyllm.errors import UserError
 
 # Kept in tokenizer_config.json: added tokens that rows may spell and mean.
@@ -31,15 +29,6 @@ def add_tokens(model, tokenizer, names: list[str]) -> list[int]:
     tokenizer.init_kwargs[CONTENT_TOKENS] = [*content_tokens(tokenizer), *names]
     fit_vocabulary(model, tokenizer)
     return tokenizer.convert_tokens_to_ids(names)
-
-
-def adapter_tokenizer(folder: str, tokenizer):
-    """The tokenizer that lies beside an adapter, else the base's own."""
-    from transformers import AutoTokenizer
-
-    if not (Path(folder) / "tokenizer.json").is_file():
-        return tokenizer
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def content_tokens(tokenizer) -> list[str]:

@@ -99,11 +99,23 @@ def run_file(args: argparse.Namespace, speaker) -> None:
 
     system = turns(args).system
     made_with = signature(
-        base=args.base_model, adapter=list(adapters_of(args.lora_model).values())[:1], system=system,
+        base=speaker.voices.base, adapter=adapter_content(args), system=system,
+        quantize=args.quantize, torch_dtype=args.torch_dtype,
         sampling=speaker.sampling, seed=args.seed, max_length=args.max_length,
         max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
     answer_file(speaker, Path(args.input), Path(args.output), system, args.seed, made_with, counted)
+
+
+def adapter_content(args: argparse.Namespace) -> str | None:
+    """A hash of the weights that answer, so that a later training is not taken for this one."""
+    from tinyllm.adapter import read_adapter
+    from tinyllm.gguf_base import hash_file
+
+    for path in adapters_of(args.lora_model).values():
+        adapter = read_adapter(path)
+        return hash_file(adapter.path / adapter.weights_file)
+    return None
 
 
 def check_web() -> None:

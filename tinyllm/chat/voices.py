@@ -17,11 +17,19 @@ from tinyllm.adapter import (
     read_adapter,
     same_tokenizer,
 )
-from tinyllm.base import load_base, load_tokenizer, pick_device, pick_dtype, read_json
+from tinyllm.base import (
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    read_json,
+    resolve_base,
+)
 from tinyllm.base_record import verify_base
 from tinyllm.chat.options import adapters_of
 from tinyllm.decode.pick import EngineMaker
 from tinyllm.errors import UserError
+from tinyllm.known_bases import known_base
 from tinyllm.quantize import quantize
 
 FIRST = "default"  # peft's name for the first adapter
@@ -118,7 +126,7 @@ def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -
     adapters = adapters_of(args.lora_model)
     device = pick_device(args.device)
     dtype = pick_dtype(args.torch_dtype, device)
-    base = args.base_model or recorded_base(next(iter(adapters.values())))
+    base = resolve_base(args.base_model or recorded_base(next(iter(adapters.values()))))
     if not adapters:
         model, tokenizer = load_base(base, dtype, device, trust_remote_code=args.trust_remote_code)
         if args.quantize:
@@ -161,6 +169,6 @@ def recorded_base(adapter: str) -> str:
     if not (Path(adapter) / CONFIG).is_file():
         raise UserError(f"{adapter}: no adapter folder ({CONFIG} is not there); give --base_model")
     base = read_json(Path(adapter) / CONFIG).get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
+    if not base or not (Path(base).exists() or known_base(base)):
         raise UserError(f"{adapter} was trained on {base}, which is not here; give --base_model")
     return base

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(run: Path, args: argparse.Namespace) -> dict:
     """Write one run's report, measuring where that was asked for or never done."""
+    from tinyllm import run_folder
     from tinyllm.base import read_json
+    from tinyllm.model_card import model_card
     from tinyllm.report import files, plots
     from tinyllm.report.texts import verdict_line
     from tinyllm.report.write import write_report
@@ -46,6 +48,7 @@ def report(run: Path, args: argparse.Namespace) -> dict:
     saved = read_json(run / "run.json")
     lang = args.lang or saved.get("settings", {}).get("lang", "zh")
     metrics = write_report(run, evidence, lang)
+    (run / run_folder.MODEL_CARD).write_text(model_card(saved, metrics), encoding="utf-8")
     if not plots.can_draw():
         print(f"note: {plots.MISSING}", file=sys.stderr)
     print(f"{run / files.PAGE}\n{verdict_line(metrics['verdict'], lang)}")

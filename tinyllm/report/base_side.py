@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from tinyllm.base import load_base
 from tinyllm.packing_check import choose_packing
 from tinyllm.settings import BaseSettings
+from tinyllm.vocabulary import fit_vocabulary
 
 # Starting points of peft that move a part of the base's own weights into the adapter: switching such
 # an adapter off does not give the base back.
@@ -15,7 +16,7 @@ BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
-def without_training(model, settings: BaseSettings) -> Iterator:
+def without_training(model, settings: BaseSettings, tokenizer) -> Iterator:
     """Give the model as it was before the training, for as long as the block lasts."""
     if can_switch_off(model):
         with model.disable_adapter():
@@ -26,6 +27,7 @@ def without_training(model, settings: BaseSettings) -> Iterator:
     base, _ = load_base(
         settings.base_model_path, first.dtype, first.device, attention, settings.trust_remote_code
     )
+    fit_vocabulary(base, tokenizer)  # the rows may spell tokens that were added for this run
     choose_packing(base)
     yield base
 

@@ -72,7 +72,7 @@ def measure(model, tokenizer, chat_format, settings: Settings, data: Data) -> di
         replies = reply_to_all(one, tokenizer, chat_format, questions, MAX_REPLY_TOKENS)
         return Side(measures, replies)
 
-    with without_training(model, settings.base) as base:
+    with without_training(model, settings.base, tokenizer) as base:
         off = side(base)
     on = side(model)
     model.train(was_training)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tinyllm import run_folder
 from tinyllm.base import read_json
 from tinyllm.errors import UserError
+from tinyllm.json_lines import read_lines
 from tinyllm.report.verdict import judge
 
 METRICS = "metrics.json"
@@ -99,10 +99,7 @@ def ledger_lines(folder: Path) -> list[dict]:
 
 def read_lineage(folder: Path) -> list[dict]:
     """When the training was started, and after which step, each time."""
-    path = folder / run_folder.LINEAGE
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(folder / run_folder.LINEAGE)
 
 
 def optional_json(path: Path) -> dict | None:

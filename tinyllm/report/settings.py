@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from tinyllm.errors import UserError
+from tinyllm.setting import setting
 
 LOGGERS = ("tensorboard", "wandb", "swanlab", "trackio", "mlflow")
 LANGUAGES = ("zh", "en")
@@ -16,39 +19,35 @@ REPORT_ONLY = {
 }  # fmt: skip
 
 
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ReportSettings:
     """What a run says about itself, before, during and after the training."""
 
-    dry_run: bool = _setting(
+    dry_run: bool = setting(
         False,
         "Print the plan (steps, time, memory, files) and stop: nothing is trained or written.",
     )
-    report: bool = _setting(
+    report: bool = setting(
         True, "Measure at the end what the training changed: report.html, metrics.json, model card."
     )
-    lang: str = _setting("zh", "Language of the report: zh or en.")
-    report_rows: int = _setting(
+    lang: str = setting("zh", "Language of the report: zh or en.")
+    report_rows: int = setting(
         200, "Held-out rows measured for the report; a fixed sample when there are more."
     )
-    report_replies: int = _setting(
+    report_replies: int = setting(
         16, "Held-out questions answered for the report, without and with the training."
     )
-    probe_prompts: str = _setting(
+    probe_prompts: str = setting(
         "", "File with your own questions for the report, one a line; '' for none."
     )
-    eval_replies: int = _setting(
+    eval_replies: int = setting(
         2, "Fixed held-out questions answered at every evaluation, to read along; 0 for none."
     )
-    early_stopping_patience: int = _setting(
+    early_stopping_patience: int = setting(
         0,
         "Stop after this many evaluations in a row without a better held-out loss; 0 never stops.",
     )
-    early_stopping_threshold: float = _setting(
+    early_stopping_threshold: float = setting(
         0.0, "How much lower, in nats, a held-out loss must be to count as better."
     )
 
@@ -79,6 +78,9 @@ def loggers(names: str | list[str] | None) -> list[str]:
     if names == ["auto"]:
         names = ["tensorboard"] if importlib.util.find_spec("tensorboard") else ["none"]
     for name in names:
+        if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise UserError(f"--report_to {name}: unknown; expected none, all or some of {known}")
         if name in LOGGERS and importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name}: it is not installed; pip install {name}")
     return names or ["none"]
