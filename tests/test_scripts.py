@@ -48,7 +48,7 @@ def test_the_launcher_trains_and_says_how_to_chat(clone, base_folder, data_file,
     assert "installing" not in done.stderr and not (clone / ".venv").exists()
     assert (output / "adapter_model.bin").is_file()
     assert '"learning_rate": 0.001' in (output / "run.json").read_text()
-    assert f"--lora_model {output}" in done.stdout and "python inference_lora.py" in done.stdout
+    assert f'--lora_model "{output}"' in done.stdout and "python inference_lora.py" in done.stdout
     again = training(clone, base_folder, data_file, output, "--max_steps", "2", LR="1e-3")
     assert again.returncode == 0 and "nothing to do" in again.stderr
     other = training(clone, base_folder, data_file, output, "--max_steps", "2", LR="2e-3")

@@ -107,7 +107,12 @@ class Voices:
         if self.adapters:
             # it becomes a module's name: no dots, no words of torch
             inner = f"voice_{len(self.adapters)}"
-            attach_adapter(self.model, adapter, name=inner, force=self.force)
+            try:
+                attach_adapter(self.model, adapter, name=inner, force=self.force)
+            except UserError:
+                if inner in self.model.peft_config:
+                    self.model.delete_adapter(inner)  # peft keeps what it has begun to load
+                raise
         else:
             inner = FIRST
             self.model = attach_adapter(self.maker.plain, adapter, force=self.force)
