@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def make_model(vocab_size: int = 480, seed: int = 0, **changes):
         "tie_word_embeddings": True, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(shape | changes))).eval()
+
+
+def hear_ctrl_c() -> None:
+    """For a child before it starts: Ctrl-C ends it, also where the tests run in the background,
+    for a shell has what it puts there ignore SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

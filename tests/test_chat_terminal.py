@@ -8,13 +8,19 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY, make_model, make_tokenizer
+from conftest import REPOSITORY, hear_ctrl_c, make_model, make_tokenizer
 
 pty = pytest.importorskip("pty")
 fcntl = pytest.importorskip("fcntl")
 termios = pytest.importorskip("termios")
 
 PATIENCE = 90  # seconds until a missing answer counts as a hang
+
+
+def take_terminal() -> None:
+    """For a child before it starts: its standard input is its terminal, whose Ctrl-C it hears."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    hear_ctrl_c()
 
 
 class Terminal:
@@ -25,7 +31,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "inference_lora.py", *words], stdin=slave, stdout=slave, stderr=slave,
             cwd=REPOSITORY, start_new_session=True, env=os.environ | {"TERM": "xterm", "LC_ALL": "C.UTF-8"},
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=take_terminal,
         )  # fmt: skip
         os.close(slave)
         os.set_blocking(self.master, False)

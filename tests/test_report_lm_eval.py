@@ -25,7 +25,7 @@ pytestmark = [
 def evaluate(model_args: str, target) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model_args,
-         "--include_path", "benchmarks/lm_eval", "--tasks", "tinyllm_zh", "--apply_chat_template",
+         "--include_path", "benchmarks/lm_eval_task", "--tasks", "tinyllm_zh", "--apply_chat_template",
          "--device", "cpu", "--batch_size", "16", "--output_path", str(target), "--log_samples"],
         cwd=REPOSITORY, capture_output=True, text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(target)},

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPOSITORY, train_arguments
+from conftest import REPOSITORY, hear_ctrl_c, train_arguments
 
 from tinyllm import checkpoint
 
@@ -26,7 +26,12 @@ def start(base, data, output, *words, launcher=()) -> subprocess.Popen:
                *train_arguments(base, data, output, *LONG, *words)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_ctrl_c,
     )
 
 
