@@ -156,26 +156,20 @@ def _about_epochs(facts: Facts) -> Iterator[str]:
         )
 
 
-def facts_of(settings, trainer, data) -> Facts:
-    """The numbers of a run that is about to start."""
-    from tinyllm.lora import count_parameters
-
+def facts_of(settings, trainer, plan) -> Facts:
+    """The numbers of a run that is about to start; what its :class:`tinyllm.plan.Plan` counted is kept."""
     args = settings.training
-    ranks = trainer.accelerator.num_processes
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks
-    per_epoch = -(-len(data.train) // batch)
-    steps = args.max_steps if args.max_steps > 0 else round(per_epoch * args.num_train_epochs)
     matrices, scale = adapted_matrices(trainer.model)
     return Facts(
         matrices=matrices,
-        num_trainable=count_parameters(trainer.model)[0],
-        num_supervised=data.summary["num_supervised"],
-        num_rows=len(data.train),
-        num_epochs=steps / per_epoch,
-        num_steps=steps,
-        batch_size=batch,
+        num_trainable=plan.trainable,
+        num_supervised=plan.supervised_per_epoch,
+        num_rows=plan.examples,
+        num_epochs=plan.epochs,
+        num_steps=plan.steps,
+        batch_size=plan.batch,
         learning_rate=args.learning_rate,
-        num_warmup=args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * steps,
+        num_warmup=args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * plan.steps,
         scale=scale,
     )
 

@@ -146,6 +146,11 @@ def context_length(model) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
 
 
+def plain_model(model):
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def pick_device(device: str = "auto") -> torch.device:
     """``auto`` is the first GPU (CUDA, else Apple's), else the CPU."""
     if device != "auto":

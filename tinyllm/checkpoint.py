@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllm.file_hash import hash_file
 from tinyllm.pickles import unsafe_pickle
 
 MANIFEST = "manifest.json"
@@ -73,7 +74,7 @@ def seal(scratch: Path, target: Path, about: dict) -> None:
     for path in _files(scratch):
         _sync(path)
         files[path.relative_to(scratch).as_posix()] = {
-            "size": path.stat().st_size, "sha256": _sha256(path),
+            "size": path.stat().st_size, "sha256": hash_file(path),
         }  # fmt: skip
     _write_manifest(scratch / MANIFEST, {**about, "files": files})
     for folder in {path.parent for path in _files(scratch)}:
@@ -151,7 +152,7 @@ def _damaged_file(path: Path, manifest: dict) -> str | None:
             return f"{name} is missing"
         if (size := file.stat().st_size) != about["size"]:
             return f"{name} is damaged: {size:,} bytes instead of {about['size']:,}"
-        if _sha256(file) != about["sha256"]:
+        if hash_file(file) != about["sha256"]:
             return f"{name} is damaged: its hash is another"
     return None
 
@@ -180,11 +181,6 @@ def _canonical(content: dict) -> bytes:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tinyllm.errors import UserError
 from tinyllm.examples import Examples
+from tinyllm.file_hash import hash_file
 from tinyllm.printable import one_line
 from tinyllm.records import Source
 
@@ -121,7 +122,7 @@ def cache_key(chat_format, sources: list[Source], settings: dict) -> str:
     Raises:
         UserError: a file cannot be read.
     """
-    files = [[str(source.path), source.weight, hash_file(source.path)] for source in sources]
+    files = [[str(source.path), source.weight, hash_source(source.path)] for source in sources]
     depends = [
         files,
         settings,
@@ -132,11 +133,10 @@ def cache_key(chat_format, sources: list[Source], settings: dict) -> str:
     return _sha256(json.dumps(depends, sort_keys=True).encode())
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+def hash_source(path: Path) -> str:
+    """SHA-256 of a data file's bytes; a UserError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path)
     except OSError as error:
         raise UserError(f"{one_line(path)}: {error.strerror or error}") from error
 

@@ -7,11 +7,11 @@ rule for every model of an architecture.
 
 from __future__ import annotations
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
 from tinyllm.errors import UserError
+from tinyllm.file_hash import hash_file
 from tinyllm.whole_folder import whole_folder
 
 FOLDER = Path("outputs/ckpt")
@@ -143,9 +143,3 @@ def forget_quantisation(model) -> None:
             del config.quantization_config
         config._name_or_path = ""
     model.hf_quantizer, model.is_quantized = None, False
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, read in blocks."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import UserError
-from tinyllm.gguf_base import check_gguf_package, convert_gguf, hash_file
+from tinyllm.file_hash import hash_file
+from tinyllm.gguf_base import check_gguf_package, convert_gguf
 
 FOLDER = Path("outputs/ckpt")
 

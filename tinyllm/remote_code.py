@@ -11,8 +11,7 @@ import json
 from pathlib import Path
 
 from tinyllm.errors import UserError
-
-RUN_FILE = "run.json"
+from tinyllm.run_folder import RUN_FILE
 
 
 def code_files(folder: str | Path) -> list[Path]:

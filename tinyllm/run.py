@@ -227,7 +227,7 @@ def adapter_identity(path: str) -> dict[str, str]:
     if not path:
         return {}
     from tinyllm.adapter import read_adapter
-    from tinyllm.gguf_base import hash_file
+    from tinyllm.file_hash import hash_file
 
     return {"adapter": hash_file(Path(path) / read_adapter(path).weights_file)}
 

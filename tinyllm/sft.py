@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 
@@ -61,7 +60,7 @@ __all__ = [
 
 def say(text: str) -> None:
     """A line of progress, on rank 0 alone."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks.is_first():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -162,7 +161,7 @@ def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
             f"use --max_length {limit}"
         )
     args = settings.training
-    shows = not args.disable_tqdm and int(os.environ.get("RANK", "0")) == 0
+    shows = not args.disable_tqdm and ranks.is_first()
     # one process prepares and fills the cache, the others find it there
     data = ranks.in_turns(
         lambda: data_stage.load_data(settings.data, chat_format, max_length, args.seed, shows)
@@ -175,7 +174,7 @@ def load_examples(settings: Settings, model, chat_format) -> tuple[Data, int]:
 
 def show_preview(settings: Settings, tokenizer, data: Data) -> None:
     """Print decoded training examples with what is learned marked."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if ranks.is_first():
         print(preview(data.train, tokenizer, settings.run.preview, marks_for(sys.stdout)))
 
 
@@ -220,7 +219,7 @@ def print_plan(settings: Settings, trainer: SftTrainer, data: Data) -> dict:
     with one_line_for_faults(settings.output_dir, settings.training, NeverStop()):
         plan = make_plan(settings, trainer, data)
     say(describe_plan(plan, settings, trainer))
-    for line in advice(facts_of(settings, trainer, data)):
+    for line in advice(facts_of(settings, trainer, plan)):
         say(f"advice: {line}")
     return plan.to_json()
 

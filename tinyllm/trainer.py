@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
+from tinyllm.base import plain_model
 from tinyllm.batches import Batch, collate, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
@@ -55,7 +56,7 @@ class SftTrainer(SavingTrainer):
         self.tokens_per_micro_batch = args.per_device_train_batch_size * max_length
         if args.device.type == "cpu":
             self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, CPU_TOKENS)
-        self.causal_model = _causal_model(model)
+        self.causal_model = plain_model(model)
         self.packing = choose_packing(self.causal_model)
         if self.packing.one_by_one:
             self.tokens_per_micro_batch = 1  # every example is longer, and gets a row of its own
@@ -232,8 +233,3 @@ def loraplus_optimizer(model, args: SftArguments, ratio: float) -> torch.optim.O
         model, optimizer_class, lr=args.learning_rate, loraplus_lr_ratio=ratio,
         loraplus_weight_decay=args.weight_decay, loraplus_lr_embedding=args.learning_rate, **options,
     )  # fmt: skip
-
-
-def _causal_model(model):
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -110,7 +110,7 @@ def run_file(args: argparse.Namespace, speaker) -> None:
 def adapter_content(args: argparse.Namespace) -> str | None:
     """A hash of the weights that answer, so that a later training is not taken for this one."""
     from tinyllm.adapter import read_adapter
-    from tinyllm.gguf_base import hash_file
+    from tinyllm.file_hash import hash_file
 
     for path in adapters_of(args.lora_model).values():
         adapter = read_adapter(path)

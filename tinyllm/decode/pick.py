@@ -8,12 +8,13 @@ from functools import cache
 
 import torch
 
+from tinyllm.base import plain_model
 from tinyllm.decode.fast import FastEngine
 from tinyllm.decode.halves import Halves
 from tinyllm.decode.llama import Decoder
 from tinyllm.decode.plain import PlainEngine
 from tinyllm.decode.row import RowDecoder, fits_kernel
-from tinyllm.decode.weights import lay_out, plain_model, unsupported
+from tinyllm.decode.weights import lay_out, unsupported
 from tinyllm.errors import UserError
 
 ENGINES = ("auto", "fast", "generate")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from tinyllm.base import plain_model
+
 MAX_PARAMETERS = 700_000_000  # the layout is a second copy; larger models gain little from it
 
 
@@ -100,11 +102,6 @@ def _unsupported_layers(base) -> str | None:
     if type(heads[0]) is not nn.Embedding or type(heads[1]) is not nn.Linear:
         return "the adapter changes the embedding or the head"
     return None
-
-
-def plain_model(model):
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.inference_mode()

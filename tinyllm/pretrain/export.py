@@ -5,7 +5,6 @@ tokenizer_config.json, special_tokens_map.json, chat_template.jinja, README.md.
 """
 
 import copy
-import json
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tinyllm import tokenizer_files
 from tinyllm.pretrain.model_card import model_card
 from tinyllm.pretrain.vocabulary import chat_template
 
@@ -26,14 +26,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """
     if template := chat_template():
         tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 writes names here that 4 refuses; it reads the old ones as well.
-    values.pop("backend", None)
-    values["tokenizer_class"] = "PreTrainedTokenizerFast"
-    values["additional_special_tokens"] = values.pop("extra_special_tokens")
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer_files.save_tokenizer(tokenizer, folder)
 
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:

@@ -13,9 +13,8 @@ from tinyllm.report.verdict import judge
 METRICS = "metrics.json"
 PAGE = "report.html"
 PLOT = "training_loss.png"
-MERGE_CERTIFICATE = "merge_certificate.json"
 FORMAT = 1
-CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 
 
 def build_metrics(folder: Path, evidence: dict, run: dict | None = None) -> dict:
@@ -46,7 +45,7 @@ def build_metrics(folder: Path, evidence: dict, run: dict | None = None) -> dict
         "versions": run.get("versions", {}),
         "plan": run["results"].get("plan"),
         "lineage": read_lineage(folder),
-        "merge_certificate": optional_json(folder / MERGE_CERTIFICATE),
+        "merge_certificate": optional_json(folder / run_folder.CERTIFICATE),
     }
 
 
@@ -77,7 +76,7 @@ def training_numbers(run: dict, curves: dict) -> dict:
         "eval_loss": results.get("eval_loss"),
         "best_eval_loss": min(evaluated, default=None),
         "seconds": seconds,
-        "tokens_per_second": results.get("tokens_per_second") or _rate(tokens, seconds),
+        "tokens_per_second": _rate(tokens, seconds),
         "examples_per_second": _rate(examples, seconds),
         "peak_memory_bytes": results.get("peak_memory_bytes"),
         "parameters": results.get("parameters"),
