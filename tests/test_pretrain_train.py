@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyllm.pretrain import __main__ as program
-from tinyllm.pretrain import checkpoint
+from tinyllm.pretrain import checkpoint, head_loss
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 from tinyllm.pretrain.model import build_model
 from tinyllm.pretrain.muon import Muon, build_optimizers, orthogonalize
@@ -34,7 +36,7 @@ def settings(tmp_path):
         num_key_value_heads=1, head_dim=16, max_length=64, own_text=str(own),
         work=str(tmp_path / "work"), export_to=str(tmp_path / "model"), sources="none",
         max_steps=6, warmup_steps=1, rows_per_step=2, rows_per_forward=1, log_steps=1,
-        evaluate_passages=2,
+        evaluate_passages=2, precision="fp32",
     )  # fmt: skip
 
 
@@ -62,7 +64,13 @@ def test_shipped_yaml_parses_and_gives_about_16m_parameters():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"stage": "x"}, {"stage": "decay"}, {"num_heads": 4, "num_key_value_heads": 3}]
+    "bad",
+    [
+        {"stage": "x"},
+        {"stage": "decay"},
+        {"num_heads": 4, "num_key_value_heads": 3},
+        {"precision": "int8"},
+    ],
 )
 def test_contradictions_are_refused(bad):
     with pytest.raises(ValueError):
@@ -73,6 +81,41 @@ def test_orthogonalize_brings_singular_values_near_one():
     for shape in ((3, 16, 48), (2, 48, 16), (1, 32, 32)):
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
         assert values.min() > 0.3 and values.max() < 1.3
+
+
+def test_orthogonalize_in_bfloat16_points_the_same_way():
+    update = torch.randn(2, 16, 48)
+    exact, rounded = orthogonalize(update), orthogonalize(update.bfloat16()).float()
+    assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), 0) > 0.999
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
+def test_chunked_head_loss_equals_pytorchs(monkeypatch, chunk):
+    monkeypatch.setitem(head_loss.CHUNK_ELEMENTS, "cpu", chunk)
+    hidden = torch.randn(23, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    ids = torch.randint(0, 50, (23,))
+    expected = F.cross_entropy(hidden @ weight.t(), ids, reduction="sum")
+    loss = head_loss.HeadLoss.apply(hidden, weight, ids)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(
+        torch.autograd.grad(3 * loss, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_products_train_alike(settings):
+    exact = losses_of(run_of(settings), 4)
+    settings.precision = "bf16"
+    AcceleratorState._reset_state(True)  # accelerate keeps the precision of a process
+    try:
+        run = run_of(settings)
+        assert losses_of(run, 4) == pytest.approx(exact, rel=2e-2)
+        assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_muon_takes_the_layers_and_adamw_the_rest(settings):

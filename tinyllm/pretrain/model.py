@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tinyllm.pretrain.head_loss import HeadLoss
 from tinyllm.pretrain.settings import ModelSettings
 
 IGNORE_INDEX = -100
@@ -68,5 +68,4 @@ class PackedLoss(nn.Module):
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         supervised = labels != IGNORE_INDEX
-        logits = self.model.lm_head(hidden[supervised])  # (num_labels, V)
-        return F.cross_entropy(logits.float(), labels[supervised], reduction="sum")
+        return HeadLoss.apply(hidden[supervised], self.model.lm_head.weight, labels[supervised])

@@ -2,8 +2,8 @@
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum, then the update is replaced
 by the nearest orthogonal matrix, found by a Newton-Schulz iteration. `torch.optim.Muon` iterates in
-bfloat16, which is slow on a CPU without native bfloat16; this one takes the dtype of its gradient
-and iterates over all matrices of one shape at once.
+bfloat16, which is slow on a CPU without native bfloat16; this one is told in what to iterate, and
+iterates over all matrices of one shape at once.
 """
 
 from collections import defaultdict
@@ -31,8 +31,15 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum with decoupled weight decay, for 2-D weights."""
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        """`dtype` is that of the iteration; weights, momentum and update keep their own."""
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -54,7 +61,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-        batch = orthogonalize(torch.stack(updates))
+        batch = orthogonalize(torch.stack(updates).to(self.dtype)).to(updates[0].dtype)
         rows, columns = batch.shape[-2:]
         scale = max(1.0, rows / columns) ** 0.5
         for parameter, update in zip(params, batch, strict=True):
@@ -63,7 +70,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: nn.Module, muon_lr: float, adamw_lr: float, momentum: float, weight_decay: float
+    model: nn.Module,
+    muon_lr: float,
+    adamw_lr: float,
+    momentum: float,
+    weight_decay: float,
+    dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:
     """[Muon for the matrices inside the layers, AdamW for embeddings and norms]."""
     matrices, others = [], []
@@ -71,4 +83,4 @@ def build_optimizers(
         hidden = parameter.ndim == 2 and ".layers." in name
         (matrices if hidden else others).append(parameter)
     adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, muon_lr, momentum, weight_decay), adamw]
+    return [Muon(matrices, muon_lr, momentum, weight_decay, dtype), adamw]

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tinyllm.native_bf16 import cpu_multiplies_bf16
 from tinyllm.pretrain import checkpoint
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 from tinyllm.pretrain.model import IGNORE_INDEX, PackedLoss, build_model
@@ -19,6 +20,13 @@ from tinyllm.pretrain.settings import Settings
 log = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 48
+
+
+def computes_bf16(settings: Settings) -> bool:
+    """Whether the matrix products run in bfloat16 (weights and optimizers stay in float32)."""
+    if settings.precision == "auto":
+        return torch.cuda.is_available() or cpu_multiplies_bf16()
+    return settings.precision == "bf16"
 
 
 class Run:
@@ -46,9 +54,7 @@ class Run:
             for source, texts in train_texts.items()
             if settings.weights.get(source, 0) > 0
         }
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if torch.cuda.is_available() else "no"
-        )
+        self.accelerator = Accelerator(mixed_precision="bf16" if computes_bf16(settings) else "no")
         self.progress = Progress()
         # Tokens seen per source since the very start, over all changes of the corpus.
         self.seen: dict[str, int] = {}
@@ -57,7 +63,7 @@ class Run:
         self.loss = self.accelerator.prepare(PackedLoss(self.model))
         self.optimizers = build_optimizers(
             self.model, settings.muon_lr, settings.adamw_lr, settings.momentum,
-            settings.weight_decay,
+            settings.weight_decay, torch.bfloat16 if computes_bf16(settings) else torch.float32,
         )  # fmt: skip
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 

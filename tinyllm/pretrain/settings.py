@@ -66,6 +66,9 @@ class Settings(ModelSettings):
     momentum: float = setting(0.95, "of Muon")
     weight_decay: float = setting(0.05, "of Muon, decoupled")
     max_grad_norm: float = setting(1.0, "of the embeddings and norms; Muon does not need it")
+    precision: str = setting(
+        "auto", "of the matrix products: bf16, fp32, or auto (bf16 where the hardware has it)"
+    )
     log_steps: int = setting(10, "steps between log lines")
     save_minutes: float = setting(3.0, "minutes between checkpoints")
     keep_checkpoints: int = setting(2, "checkpoints kept")
@@ -77,6 +80,8 @@ class Settings(ModelSettings):
         """Refuse what cannot work before anything is fetched."""
         if self.stage not in ("stable", "decay", "full", "export"):
             raise UserError(f"stage is {self.stage!r}; choose stable, decay, full or export")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise UserError(f"precision is {self.precision!r}; choose auto, bf16 or fp32")
         if self.stage == "decay" and self.decay_steps < 1:
             raise UserError("stage decay needs --decay_steps of at least 1")
         if self.num_heads % self.num_key_value_heads:
