@@ -49,11 +49,18 @@ def packed_sdpa(
         q, k, v = (
             Move.apply(s, group.source, group.place, None).unflatten(0, group.shape) for s in flat
         )
-        q, k, v = (states.transpose(1, 2) for states in (q, k, v))
+        q, k, v = (states.transpose(1, 2).to(kernel_dtype(query)) for states in (q, k, v))
         attended = sdpa_attention_forward(module, q, k, v, _window_mask(q, window), **kwargs)[0]
-        outputs.append(attended.flatten(0, 1))
+        outputs.append(attended.flatten(0, 1).to(query.dtype))
     beside = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return Move.apply(beside, layout.place, layout.source, layout.padding)[None], None
+
+
+def kernel_dtype(query: torch.Tensor) -> torch.dtype:
+    """float32 on a CPU, where the backward pass of the kernel is slower in bfloat16 even with
+    bfloat16 in hardware.
+    """
+    return torch.float32 if query.device.type == "cpu" else query.dtype
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ written out once (Hu et al. 2021, arXiv:2106.09685, section 4.1):
 
 The adapter stays peft's: same parameters, same names, same files; only ``forward`` differs, and any
 case beyond plain LoRA goes to peft's.
+
+The adapter's weights are in float32.  Its products beside a bfloat16 base are in bfloat16 where the
+CPU multiplies that in hardware (as under autocast), else in float32, which is faster there.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
+
+from tinyllm.native_bf16 import cpu_multiplies_bf16
 
 LANES = 4  # 16-bit random numbers in one 64-bit draw
 LANE_VALUES = 1 << 16
@@ -42,7 +47,8 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, mask, scale):
         """``x`` (N, in) → (N, out); ``mask`` (N, in) uint8 or None."""
-        low = F.linear(_masked(x, mask).to(lora_a.dtype), lora_a)
+        dtype = product_dtype(x, lora_a)
+        low = F.linear(_masked(x, mask).to(dtype), lora_a.to(dtype))
         y = F.linear(x, weight, bias)
         y.addmm_(low.to(y.dtype), lora_b.t().to(y.dtype), alpha=scale)
         ctx.save_for_backward(x, weight, lora_a, lora_b, mask, low)
@@ -52,17 +58,24 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, lora_a, lora_b, mask, low = ctx.saved_tensors
-        grad_full = grad.to(lora_b.dtype)
-        grad_low = (grad_full @ lora_b).mul_(ctx.scale)
-        grad_b = (grad_full.t() @ low).mul_(ctx.scale)
-        grad_a = grad_low.t() @ _masked(x, mask).to(lora_a.dtype)
+        dtype = low.dtype
+        grad_full = grad.to(dtype)
+        grad_low = (grad_full @ lora_b.to(dtype)).mul_(ctx.scale)
+        grad_b = (grad_full.t() @ low).to(lora_b.dtype).mul_(ctx.scale)
+        grad_a = (grad_low.t() @ _masked(x, mask).to(dtype)).to(lora_a.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            through_lora = grad_low @ lora_a
+            through_lora = grad_low @ lora_a.to(dtype)
             if mask is not None:
                 through_lora.mul_(mask)
             grad_x = (grad @ weight).add_(through_lora)
         return grad_x, None, None, grad_a, grad_b, None, None
+
+
+def product_dtype(x: torch.Tensor, lora_a: torch.Tensor) -> torch.dtype:
+    """In what the adapter multiplies: see the module's text."""
+    native = x.dtype == torch.bfloat16 and cpu_multiplies_bf16()
+    return x.dtype if native else lora_a.dtype
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -30,7 +30,7 @@ from tinyllm.saving import SavingTrainer
 from tinyllm.settings import SftArguments
 
 # More tokens at once are no faster on a CPU, whose caches they outgrow, and need more memory.
-CPU_TOKENS = 512
+CPU_TOKENS = 1024
 NO_GRADIENT = (
     "step 1: every gradient is zero, so nothing would be learned; is a part of the model frozen that "
     "leads to the adapter, or does gradient checkpointing cut it off (try --gradient_checkpointing "
