@@ -37,6 +37,7 @@ def test_usual_numbers_need_no_advice():
         ({"num_supervised": 9_000_000}, "may fill up"),
         ({"num_epochs": 30.0, "num_steps": 4500}, "seen 30 times"),
         ({"matrices": (Matrix("q_proj", 120, 120, 64),)}, "from r 60 on"),
+        ({"slow_seconds": 90.0}, "PRECISION=bf16"),
     ],
 )
 def test_each_unusual_number_gives_its_line(change, words):

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from tinyllm.native_bf16 import cpu_multiplies_bf16
+
 FEW_STEPS = 50
 LORA_RATES = (5e-5, 2e-3)  # below: hardly moves in a short run; above: known to diverge
 FULL_RATES = (1e-6, 2e-4)
@@ -19,6 +23,7 @@ LARGE_BATCH = 64
 MANY_EPOCHS = 10
 LONG_WARMUP = 0.25
 STEEP_SCALE = 8.0
+LONG_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Facts:
         num_rows: training examples, in one epoch.
         scale: what the adapter's output is multiplied by, alpha / r or alpha / sqrt(r).
         num_warmup: steps of warm-up.
+        slow_seconds: expected time of the run where it computes in float32 on a CPU that multiplies
+            bfloat16 in hardware, else 0.
     """
 
     matrices: tuple[Matrix, ...]
@@ -59,6 +66,7 @@ class Facts:
     learning_rate: float
     num_warmup: float
     scale: float = 1.0
+    slow_seconds: float = 0.0
 
     @property
     def is_lora(self) -> bool:
@@ -73,6 +81,7 @@ def advice(facts: Facts) -> list[str]:
         *_about_rank(facts),
         *_about_capacity(facts),
         *_about_epochs(facts),
+        *_about_precision(facts),
     ]
 
 
@@ -156,6 +165,15 @@ def _about_epochs(facts: Facts) -> Iterator[str]:
         )
 
 
+def _about_precision(facts: Facts) -> Iterator[str]:
+    if facts.is_lora and facts.slow_seconds > LONG_SECONDS:
+        yield (
+            "this CPU multiplies bfloat16 in hardware: with PRECISION=bf16 (--torch_dtype bfloat16) "
+            "for the frozen base the training takes about half the time, and the adapter stays in "
+            "float32 (docs/speed.md)"
+        )
+
+
 def facts_of(settings, trainer, plan) -> Facts:
     """The numbers of a run that is about to start; what its :class:`tinyllm.plan.Plan` counted is kept."""
     args = settings.training
@@ -171,7 +189,15 @@ def facts_of(settings, trainer, plan) -> Facts:
         learning_rate=args.learning_rate,
         num_warmup=args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * plan.steps,
         scale=scale,
+        slow_seconds=(plan.seconds or 0.0) if computes_slowly(trainer.model) else 0.0,
     )
+
+
+def computes_slowly(model) -> bool:
+    """Whether a model computes in float32 on a CPU that is faster in bfloat16."""
+    weight = next(model.parameters())
+    in_float32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return in_float32 and cpu_multiplies_bf16()
 
 
 def adapted_matrices(model) -> tuple[tuple[Matrix, ...], float]:
