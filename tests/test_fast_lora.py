@@ -7,6 +7,7 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 
+from tinyllm import fast_lora
 from tinyllm.fast_lora import FastLoraLinear, dropout_mask, use_fast_lora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -32,8 +33,12 @@ def loss_of(model, ids):
     return model(input_ids=ids, labels=ids).loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradients_equal_pefts(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "native"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
+def test_loss_and_gradients_equal_pefts(monkeypatch, dtype, native):
+    monkeypatch.setattr(fast_lora, "cpu_multiplies_bf16", lambda: native)
     ids = torch.randint(5, 480, (2, 17))
     slow, fast = lora_model(False, dtype=dtype), lora_model(True, dtype=dtype)
     assert sum(isinstance(m, FastLoraLinear) for m in fast.modules()) == 14
