@@ -6,6 +6,8 @@ decode  one conversation: tokens per second, and how many replies are the very s
 batch   a file of questions: questions per second, side by side against one by one with generate
 start   from the command to the first character, against importing torch and transformers and
         loading the base
+llama   one conversation beside llama.cpp with the same merged model (only when asked for: its Python
+        package must be there)
 
 What is compared runs in turns in one process (start: one process each), and the median counts.
 generate gets the merged model, its fastest form.
@@ -25,7 +27,9 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tinyllm.errors import run_program  # noqa: E402
+from chat_speed_llama import measure_llama  # noqa: E402
+
+from tinyllm.errors import UserError, run_program  # noqa: E402
 
 QUESTIONS = Path(__file__).with_name("first_chat.jsonl")
 LOAD_ONLY = """
@@ -189,12 +193,17 @@ def main() -> int:
     quiet_libraries()
     parts = args.parts.split(",")
     base, adapter = str(Path(args.base_model).resolve()), str(Path(args.lora_model).resolve())
-    if {"decode", "batch"} & set(parts):
+    unknown = set(parts) - {"decode", "batch", "start", "llama"}
+    if unknown:
+        raise UserError(f"--parts {unknown.pop()}: expected some of decode, batch, start, llama")
+    if {"decode", "batch", "llama"} & set(parts):
         pair = Pair(base, adapter)
         if "decode" in parts:
             measure_decode(pair, args.repeats, args.num_tokens)
         if "batch" in parts:
             measure_batch(pair, max(1, args.repeats // 2))
+        if "llama" in parts:
+            measure_llama(pair, in_turns, args.repeats, args.num_tokens)
     if "start" in parts:
         measure_start(base, adapter, args.repeats)
     return 0
