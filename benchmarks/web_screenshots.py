@@ -40,7 +40,8 @@ def launch_page(base: str, adapter: str):
 
 def open_view(chromium, address: str, size: dict):
     view = chromium.new_page(viewport=size, color_scheme="light", reduced_motion="reduce")
-    view.goto(address, wait_until="networkidle")
+    view.set_default_timeout(120_000)
+    view.goto(address)
     return view
 
 

@@ -11,7 +11,10 @@ from tinyllm.errors import UserError
 LOCAL = "127.0.0.1"
 CSS = """
 .gradio-container { max-width: 1100px !important; }
-@media (max-width: 640px) { .gradio-container { padding: 6px !important; } #send, #stop { min-width: 0 !important; } }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container main { padding: 6px !important; }
+  #send, #stop, #retry, #new { min-width: 0 !important; padding: 8px 2px !important; font-size: 15px; }
+}
 """
 
 
