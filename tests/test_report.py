@@ -350,7 +350,7 @@ def test_rendered_by_a_browser(finished_run, tmp_path, width):
     said = []
     for scheme in ("0", "1"):  # dark, light
         output = subprocess.run(
-            [browser, "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
              f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom",
              (tmp_path / "page.html").as_uri()],
             capture_output=True, text=True, timeout=120, check=True,

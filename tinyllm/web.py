@@ -11,7 +11,10 @@ from tinyllm.errors import UserError
 LOCAL = "127.0.0.1"
 CSS = """
 .gradio-container { max-width: 1100px !important; }
-@media (max-width: 640px) { .gradio-container { padding: 6px !important; } #send, #stop { min-width: 0 !important; } }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container main { padding: 6px !important; }
+  #send, #stop, #retry, #new { min-width: 0 !important; padding: 8px 2px !important; font-size: 15px; }
+}
 """
 
 
@@ -76,15 +79,20 @@ def build_page(browser: Browser, system: str):
             wishes = _wishes(gr, browser, system)
         shown = [turns, base_box, chat_box, question]
         talk = _Talk(gr, browser)
+        # one queue for all: a question behind "new" is asked in the new conversation
+        queue = {"concurrency_id": "talk", "concurrency_limit": 1}
         events = [
-            gr.on([send.click, question.submit], talk.ask, [turns, question, *wishes], shown),
-            retry.click(talk.ask_again, [turns, question, *wishes], shown),
+            gr.on(
+                [send.click, question.submit], talk.ask, [turns, question, *wishes], shown, **queue
+            ),
+            retry.click(talk.ask_again, [turns, question, *wishes], shown, **queue),
         ]
         stop.click(None, cancels=events)
         for begin in (new.click, base_box.clear, chat_box.clear):
-            begin(lambda: ([], [], [], ""), outputs=shown, cancels=events)
+            begin(None, cancels=events)  # beside a function, cancels would wait for the reply
+            begin(lambda: ([], [], []), outputs=shown[:3], **queue)
         wishes[1].change(lambda on: gr.update(visible=on), wishes[1], base_box)
-    return page.queue(default_concurrency_limit=1)
+    return page.queue()
 
 
 def _chatbot(gr, label: str, **more):
