@@ -15,6 +15,8 @@ from tinyllm.setting import setting
 PLAIN_STARTS = ("true", "false", "gaussian", "orthogonal")
 # Starts that move a part of the base's weights into the adapter (see lora_start.py).
 MOVING_STARTS = ("pissa", "olora")
+# peft's starts that change the base's weights: switching such an adapter off does not give it back.
+BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "loftq", "lora_ga")
 NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from tinyllm.errors import UserError
@@ -107,6 +108,48 @@ def adapters_of(words: list[str]) -> dict[str, str]:
             raise UserError(f"--lora_model {word}: a second adapter {name!r}; write NAME={path}")
         found[name] = path
     return found
+
+
+def read_sum(words: str, names: list[str]) -> tuple[dict[str, float], str] | None:
+    """``"a=0.7 b=0.3 svd"`` → ``({"a": 0.7, "b": 0.3}, "svd")``; None for anything else.
+
+    Args:
+        names: the adapters that are loaded: ``a=...`` for one of these is no path.
+
+    Raises:
+        UserError: a weight is no number, or an adapter comes twice.
+    """
+    *terms, last = words.split() or [""]
+    kind = "cat" if "=" in last or not terms else last
+    terms += [last] if "=" in last else []
+    pairs = [(name, value) for name, _, value in (term.rpartition("=") for term in terms)]
+    if not pairs or not all("=" in term for term in terms) or not _is_sum(words, pairs, names):
+        return None
+    weights: dict[str, float] = {}
+    for name, value in pairs:
+        if name in weights:
+            raise UserError(f"{name} comes twice; give each adapter one weight")
+        if (number := _number(value)) is None:
+            raise UserError(f"{name}={value}: the weight must be a number, as in {name}=0.7")
+        weights[name] = number
+    return weights, kind
+
+
+def _is_sum(words: str, pairs: list[tuple[str, str]], names: list[str]) -> bool:
+    """Whether ``NAME=VALUE`` words are weights: several of them, or a number for a loaded one."""
+    if os.path.exists(words.partition("=")[2]):  # one path, perhaps with spaces
+        return False
+    if len(pairs) > 1:
+        return True
+    (name, value), *_ = pairs
+    return _number(value) is not None or (name in names and "/" not in value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def name_and_path(word: str) -> tuple[str, str]:
