@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from tinyllm.base_settings import BASE_KINDS, add_license_flag
 from tinyllm.errors import UserError
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -27,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         check_option(name, value)
     if args.base_model is None and not args.lora_model:
         raise UserError(
-            "give --base_model a base folder, or --lora_model a run folder that names it"
+            "give --base_model a base folder or name, or --lora_model a run folder that names it"
         )
     if args.output and not args.input:
         raise UserError("--output needs --input, the file of questions")
@@ -42,8 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Chat with a base and LoRA adapters.")
     add = parser.add_argument
     add(
-        "--base_model", "--base_model_path", help="base folder (default: the one the adapter names)"
-    )
+        "--base_model", "--base_model_path",
+        help=f"base: {BASE_KINDS} (default: the one the adapter names)",
+    )  # fmt: skip
+    add_license_flag(parser)
     add("--lora_model", "--lora_model_path", action="append", default=[], metavar="[NAME=]PATH",
         help="adapter folder; repeat it for several, /adapter NAME switches")  # fmt: skip
     add("--merge_weights", action="store_true", help="merge the adapter (faster)")

@@ -195,7 +195,8 @@ def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -
     adapters = adapters_of(args.lora_model)
     device = pick_device(args.device)
     dtype = pick_dtype(args.torch_dtype, device)
-    base = resolve_base(args.base_model or recorded_base(next(iter(adapters.values()))))
+    base = args.base_model or recorded_base(next(iter(adapters.values())))
+    base = resolve_base(base, args.accept_license)
     if not adapters:
         model, tokenizer = load_base(base, dtype, device, trust_remote_code=args.trust_remote_code)
         if args.quantize:
