@@ -87,9 +87,9 @@ def check_start(name: str) -> None:
     known = f"expected {', '.join((*PLAIN_STARTS, *MOVING_STARTS))} or pissa_niter_N"
     if name == "loftq":
         raise UserError(
-            "--init_lora_weights loftq: such an adapter is right beside a quantised base alone, and "
-            "an adapter here must also fit the base itself; use --load_in_4bit True with the usual "
-            "start, or pissa without it"
+            "--init_lora_weights loftq: peft computes it with bitsandbytes on a GPU alone, and such an "
+            "adapter is right beside the quantised base only, while one here must also fit the base "
+            "itself; use --load_in_4bit True with the usual start, or pissa without it"
         )
     if name in ("eva", "corda", "lora_ga"):
         raise UserError(
