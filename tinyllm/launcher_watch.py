@@ -70,8 +70,9 @@ def _lives(pid: int) -> bool:
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
-    with contextlib.suppress(OSError):  # whoever read stderr may have gone with it
-        print("the launcher of this process has ended: stopping", file=sys.stderr, flush=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        with contextlib.suppress(OSError):  # whoever read stderr may have gone with it
+            print("the launcher of this process has ended: stopping", file=sys.stderr, flush=True)
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     time.sleep(PATIENCE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
