@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tinyllm.base_settings import BASE_KINDS, add_license_flag
 from tinyllm.errors import UserError, run_program
 
 
@@ -28,17 +29,20 @@ def load_lora_model(
     trust_remote_code: bool = False,
     force: bool = False,
     quantize: str | None = None,
+    accept_license: bool = False,
 ):
     """Load a base, merge an adapter into it, and return both ready for inference.
 
     Args:
-        base_model_path: folder of the base that the adapter was trained on.
+        base_model_path: the base that the adapter was trained on: a folder, a ``.gguf`` file, or a
+            name in :mod:`tinyllm.known_bases`.
         lora_model_path: adapter folder, with ``.safetensors`` or ``.bin`` weights.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ...
         torch_dtype: ``auto`` (bfloat16 on a GPU that has it, else float32) or a dtype's name.
         trust_remote_code: run Python code that lies in the base's folder.
         force: go on (with a warning) where base and adapter do not belong together.
         quantize: ``int8`` or ``int4``: quantise the merged weights for inference.
+        accept_license: you accept the licence of a base that is fetched by its name.
 
     Returns:
         ``(model, tokenizer)``: a plain transformers model with the adapter in its weights.
@@ -51,7 +55,7 @@ def load_lora_model(
 
     lora, tokenizer = load_adapter_on_base(
         base_model_path, lora_model_path, device, "float32",
-        trust_remote_code=trust_remote_code, force=force,
+        trust_remote_code=trust_remote_code, force=force, accept_license=accept_license,
     )  # fmt: skip
     model = merge(lora, pick_dtype(torch_dtype, pick_device(device)))
     if quantize:
@@ -70,6 +74,7 @@ def load_lora_model_without_merge(
     trust_remote_code: bool = False,
     force: bool = False,
     quantize: str | None = None,
+    accept_license: bool = False,
 ):
     """Load a base with an adapter beside it.
 
@@ -88,7 +93,7 @@ def load_lora_model_without_merge(
 
     return load_adapter_on_base(
         base_model_path, lora_model_path, device, torch_dtype, is_trainable, trust_remote_code,
-        force, quantize,
+        force, quantize, accept_license,
     )  # fmt: skip
 
 
@@ -131,7 +136,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Show what an adapter is, merge or export it.")
     add = parser.add_argument
     add("--lora_model", "--lora_model_path", help="adapter folder; none exports the base alone")
-    add("--base_model", "--base_model_path", help="base folder, for merging")
+    add("--base_model", "--base_model_path", help=f"base, for merging: {BASE_KINDS}")
+    add_license_flag(parser)
     add("--output_dir", help="write the merged model here; without it only tell what it is")
     add("--export", default="hf", choices=["hf", "gguf", "gguf_lora", "ollama"],
         help="what to write: a Hugging Face folder, a GGUF file, the adapter alone as GGUF, or a "

@@ -17,8 +17,10 @@ from tinyllm.errors import run_program
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
+    from tinyllm.launcher_watch import watch_launcher
     from tinyllm.quiet import quiet_libraries
 
+    watch_launcher()
     quiet_libraries()
     from tinyllm import sft
     from tinyllm.command_line import parse_settings

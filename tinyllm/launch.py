@@ -12,6 +12,7 @@ import signal
 import sys
 
 from tinyllm.errors import EXIT_USER_ERROR, UserError, run_program
+from tinyllm.launcher_watch import name_launcher
 
 
 def main(words: list[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(words: list[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    name_launcher()
     args = launch_command_parser().parse_args(words)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

@@ -15,6 +15,8 @@ from tinyllm.setting import setting
 PLAIN_STARTS = ("true", "false", "gaussian", "orthogonal")
 # Starts that move a part of the base's weights into the adapter (see lora_start.py).
 MOVING_STARTS = ("pissa", "olora")
+# peft's starts that change the base's weights: switching such an adapter off does not give it back.
+BASE_CHANGING_STARTS = (*MOVING_STARTS, "corda", "loftq", "lora_ga")
 NITER = re.compile(r"pissa_niter_[1-9]\d*")
 
 
@@ -85,9 +87,9 @@ def check_start(name: str) -> None:
     known = f"expected {', '.join((*PLAIN_STARTS, *MOVING_STARTS))} or pissa_niter_N"
     if name == "loftq":
         raise UserError(
-            "--init_lora_weights loftq: such an adapter is right beside a quantised base alone, and "
-            "an adapter here must also fit the base itself; use --load_in_4bit True with the usual "
-            "start, or pissa without it"
+            "--init_lora_weights loftq: peft computes it with bitsandbytes on a GPU alone, and such an "
+            "adapter is right beside the quantised base only, while one here must also fit the base "
+            "itself; use --load_in_4bit True with the usual start, or pissa without it"
         )
     if name in ("eva", "corda", "lora_ga"):
         raise UserError(

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyllm.chat.options import NEEDS_SAMPLING, SAMPLING, check_option, name_and_path
+from tinyllm.chat.options import (
+    NEEDS_SAMPLING,
+    SAMPLING,
+    check_option,
+    name_and_path,
+    read_sum,
+)
 from tinyllm.chat.terminal import say
 from tinyllm.errors import UserError
 
@@ -57,7 +63,9 @@ def _system(chat, rest: str) -> None:
 
 def _adapter(chat, rest: str) -> None:
     voices = chat.voices
-    if "=" in rest:
+    if (sum_of := read_sum(rest, voices.names)) is not None:
+        rest = voices.combine(*sum_of)
+    elif "=" in rest:
         name, path = name_and_path(rest)
         voices.add(name, path)
         rest = name
@@ -65,6 +73,14 @@ def _adapter(chat, rest: str) -> None:
         voices.choose(None if rest == "off" else rest)
     known = [*voices.names] if voices.merged else [*voices.names, "off"]
     say(f"answering: {voices.current or 'the base alone'}; there is {', '.join(known)}")
+
+
+def _unload(chat, rest: str) -> None:
+    if not rest:
+        raise UserError("/unload needs an adapter's name")
+    voices = chat.voices
+    voices.unload(rest)
+    say(f"unloaded: {rest}; there is {', '.join([*voices.names, 'off'])}")
 
 
 def _compare(chat, rest: str) -> None:
@@ -192,7 +208,12 @@ COMMANDS = {
         Command("/help", "this list", _help),
         Command("/reset", "forget the conversation", _reset),
         Command("/system [TEXT|off]", "show or change the system prompt", _system),
-        Command("/adapter [NAME|off]", "who answers; NAME=PATH loads one more", _adapter),
+        Command(
+            "/adapter [NAME|off]",
+            "who answers; NAME=PATH loads one more, A=0.7 B=0.3 is a weighted sum",
+            _adapter,
+        ),
+        Command("/unload NAME", "take an adapter out of memory", _unload),
         Command(
             "/compare [QUESTION]", "the base's reply beside the adapter's, once or always", _compare
         ),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
+from tinyllm.base_settings import BASE_KINDS, add_license_flag
 from tinyllm.errors import UserError
 
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -26,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         check_option(name, value)
     if args.base_model is None and not args.lora_model:
         raise UserError(
-            "give --base_model a base folder, or --lora_model a run folder that names it"
+            "give --base_model a base folder or name, or --lora_model a run folder that names it"
         )
     if args.output and not args.input:
         raise UserError("--output needs --input, the file of questions")
@@ -41,8 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Chat with a base and LoRA adapters.")
     add = parser.add_argument
     add(
-        "--base_model", "--base_model_path", help="base folder (default: the one the adapter names)"
-    )
+        "--base_model", "--base_model_path",
+        help=f"base: {BASE_KINDS} (default: the one the adapter names)",
+    )  # fmt: skip
+    add_license_flag(parser)
     add("--lora_model", "--lora_model_path", action="append", default=[], metavar="[NAME=]PATH",
         help="adapter folder; repeat it for several, /adapter NAME switches")  # fmt: skip
     add("--merge_weights", action="store_true", help="merge the adapter (faster)")
@@ -107,6 +111,48 @@ def adapters_of(words: list[str]) -> dict[str, str]:
             raise UserError(f"--lora_model {word}: a second adapter {name!r}; write NAME={path}")
         found[name] = path
     return found
+
+
+def read_sum(words: str, names: list[str]) -> tuple[dict[str, float], str] | None:
+    """``"a=0.7 b=0.3 svd"`` → ``({"a": 0.7, "b": 0.3}, "svd")``; None for anything else.
+
+    Args:
+        names: the adapters that are loaded: ``a=...`` for one of these is no path.
+
+    Raises:
+        UserError: a weight is no number, or an adapter comes twice.
+    """
+    *terms, last = words.split() or [""]
+    kind = "cat" if "=" in last or not terms else last
+    terms += [last] if "=" in last else []
+    pairs = [(name, value) for name, _, value in (term.rpartition("=") for term in terms)]
+    if not pairs or not all("=" in term for term in terms) or not _is_sum(words, pairs, names):
+        return None
+    weights: dict[str, float] = {}
+    for name, value in pairs:
+        if name in weights:
+            raise UserError(f"{name} comes twice; give each adapter one weight")
+        if (number := _number(value)) is None:
+            raise UserError(f"{name}={value}: the weight must be a number, as in {name}=0.7")
+        weights[name] = number
+    return weights, kind
+
+
+def _is_sum(words: str, pairs: list[tuple[str, str]], names: list[str]) -> bool:
+    """Whether ``NAME=VALUE`` words are weights: several of them, or a number for a loaded one."""
+    if os.path.exists(words.partition("=")[2]):  # one path, perhaps with spaces
+        return False
+    if len(pairs) > 1:
+        return True
+    (name, value), *_ = pairs
+    return _number(value) is not None or (name in names and "/" not in value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def name_and_path(word: str) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ class Voices:
         self.current = next(iter(adapters), None)
         self.merged = next((name for name, inner in adapters.items() if inner is None), None)
         self._engines: dict = {}
+        self._made_of: dict[str, dict[str, float]] = {}  # a sum's name → its parts, by peft's names
+        self._numbers = count(1)
 
     @property
     def names(self) -> list[str]:
@@ -82,9 +85,8 @@ class Voices:
         Raises:
             UserError: there is no such adapter.
         """
-        if name is not None and name not in self.adapters:
-            known = ", ".join([*self.names, "off"])
-            raise UserError(f"no adapter {name!r}; there is {known}; NAME=PATH loads another")
+        if name is not None:
+            self._check_known(name)
         self.engine(name)
         self.current = name
 
@@ -105,8 +107,7 @@ class Voices:
         )
         verify_base(adapter.path, self.base, load_tokenizer(self.base), tokenizer, self.force)
         if self.adapters:
-            # it becomes a module's name: no dots, no words of torch
-            inner = f"voice_{len(self.adapters)}"
+            inner = self._new_name()
             try:
                 attach_adapter(self.model, adapter, name=inner, force=self.force)
             except UserError:
@@ -121,6 +122,69 @@ class Voices:
         self.adapters[name] = inner
         self.model.eval()
 
+    def combine(self, weights: dict[str, float], kind: str = "cat") -> str:
+        """Make the weighted sum of loaded adapters one more adapter, once; returns its name.
+
+        Args:
+            weights: weight of each adapter by our name of it.
+            kind: one of :data:`tinyllm.combine.KINDS`.
+
+        Raises:
+            UserError: an adapter is unknown, a weight is no number, or peft cannot combine them.
+        """
+        from tinyllm.combine import check_combinable, check_kind, check_weights, combine_adapters
+
+        if self.merged:
+            raise UserError("the adapter is merged into the base; leave out --merge_weights")
+        check_weights(weights, self.names)
+        check_kind(kind)
+        name = name_of_sum(weights, kind)
+        parts = {self.adapters[one]: weight for one, weight in weights.items()}
+        if name not in self.adapters:
+            for one, inner in zip(weights, parts, strict=True):
+                check_combinable(self.model, inner, one)
+            inner = self._new_name()
+            combine_adapters(self.model, parts, inner, kind)
+            self.adapters[name], self._made_of[name] = inner, parts
+        elif self._made_of.get(name) != parts:
+            raise UserError(f"{name!r} is made of an adapter that is gone; /unload {name} first")
+        return name
+
+    def unload(self, name: str) -> None:
+        """Take an adapter out of memory; sums that were made of it stay.
+
+        Raises:
+            UserError: there is no such adapter, or it is the one that answers.
+        """
+        if self.merged:
+            raise UserError("the adapter is merged into the base; leave out --merge_weights")
+        self._check_known(name)
+        if name == self.current:
+            raise UserError(f"{name!r} answers now; /adapter NAME or /adapter off first")
+        inner = self.adapters.pop(name)
+        self._made_of.pop(name, None)
+        if self.adapters:  # another one is made active first, for peft warns where it has to choose
+            self.model.set_adapter(next(iter(self.adapters.values())))
+            self.model.delete_adapter(inner)
+        else:
+            self.model = self.maker.model = self.model.unload()
+        self._engines.clear()  # what kept a model from the fast engine may have gone
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.adapters:
+            known = ", ".join([*self.names, "off"])
+            raise UserError(f"no adapter {name!r}; there is {known}; NAME=PATH loads another")
+
+    def _new_name(self) -> str:
+        """A name for peft, where it becomes a module's: no dots, no words of torch; never used again."""
+        return f"voice_{next(self._numbers)}"
+
+
+def name_of_sum(weights: dict[str, float], kind: str) -> str:
+    """``{"a": 0.7, "b": -0.3}`` → ``"0.7*a-0.3*b"``; another kind than ``cat`` is added."""
+    terms = "".join(f"{weight:+}*{name}" for name, weight in weights.items())
+    return terms.removeprefix("+") + ("" if kind == "cat" else f":{kind}")
+
 
 def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -> Voices:
     """Load what the command line asks for.
@@ -131,7 +195,8 @@ def load_voices(args: argparse.Namespace, get_kernel: Callable = lambda: None) -
     adapters = adapters_of(args.lora_model)
     device = pick_device(args.device)
     dtype = pick_dtype(args.torch_dtype, device)
-    base = resolve_base(args.base_model or recorded_base(next(iter(adapters.values()))))
+    base = args.base_model or recorded_base(next(iter(adapters.values())))
+    base = resolve_base(base, args.accept_license)
     if not adapters:
         model, tokenizer = load_base(base, dtype, device, trust_remote_code=args.trust_remote_code)
         if args.quantize:

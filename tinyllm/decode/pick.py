@@ -74,7 +74,7 @@ class EngineMaker:
                 return RowDecoder(library, self.plain, adapter, self.halves, context)
             return make_rows(1, context)
 
-        library = self.get_kernel() if fits_kernel(self.plain) else None
+        library = self.get_kernel() if fits_kernel(self.plain, adapter) else None
         compiled = library is not None
         how = "compiled" if compiled else "by torch calls: no C compiler, or sizes it does not take"
         return FastEngine(make_row, make_rows, config.max_position_embeddings, how)

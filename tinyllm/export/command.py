@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tinyllm.base import resolve_base
 from tinyllm.errors import UserError
 from tinyllm.export.source import Source
 
@@ -27,7 +28,10 @@ def export(args: argparse.Namespace) -> str:
         UserError: see the exporters; nothing was written then.
     """
     refuse_idle_flags(args)
-    source = Source(args.base_model, args.lora_model, args.trust_remote_code, args.force)
+    if args.export == "gguf_lora" and args.lora_model is None:
+        raise UserError("--export gguf_lora needs --lora_model, the adapter to write")
+    base = resolve_base(args.base_model, args.accept_license)
+    source = Source(base, args.lora_model, args.trust_remote_code, args.force)
     target = Path(args.output_dir)
     if args.export == "hf":
         from tinyllm.export.hf import export_hf
@@ -38,8 +42,6 @@ def export(args: argparse.Namespace) -> str:
     elif args.export == "gguf_lora":
         from tinyllm.export.gguf_lora import export_gguf_lora
 
-        if args.lora_model is None:
-            raise UserError("--export gguf_lora needs --lora_model, the adapter to write")
         return f"adapter written to {export_gguf_lora(source, target)}"
     else:
         from tinyllm.export.gguf import export_gguf

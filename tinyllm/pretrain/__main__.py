@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from tinyllm.errors import run_program
+from tinyllm.launcher_watch import watch_launcher
 from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
 from tinyllm.pretrain.export import export
 from tinyllm.pretrain.run import Run
@@ -69,6 +70,7 @@ def export_run(run: Run, counts: dict) -> None:
 
 def main() -> None:
     """Sources, corpus, vocabulary, training, export."""
+    watch_launcher()
     settings = parse(sys.argv[1:])
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout

@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tinyllm.base import load_base
+from tinyllm.lora_settings import BASE_CHANGING_STARTS
 from tinyllm.packing_check import choose_packing
 from tinyllm.settings import BaseSettings
 from tinyllm.vocabulary import fit_vocabulary
-
-# Starting points of peft that move a part of the base's own weights into the adapter: switching such
-# an adapter off does not give the base back.
-BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @contextmanager
