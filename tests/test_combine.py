@@ -104,3 +104,19 @@ def test_a_rank_beyond_the_kernels_buffer_is_computed_by_torch():
     maker = EngineMaker(model, "fast", kernel.load)
     assert fits_kernel(maker.plain, "large") and not fits_kernel(maker.plain, "sum")
     assert maker.engine("sum").why.startswith("by torch calls")
+
+
+def test_the_sum_is_as_exact_on_a_bfloat16_base_and_the_mode_stays():
+    model = make_lora()
+    model.get_base_model().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    parts = {"default": 0.7, "other": -0.3}
+    model.train()
+    combine_adapters(model, parts, "sum")
+    assert model.training
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.lora_A["sum"].weight.dtype == torch.float32
+    expected = sum(weight * layer.get_delta_weight(name) for name, weight in parts.items())
+    torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=1e-6, rtol=1e-5)

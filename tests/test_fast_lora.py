@@ -116,3 +116,11 @@ def test_disabled_merged_and_evaluated_layers_are_pefts():
     with_adapter = loss_of(slow, ids)
     merged = fast.eval().merge_and_unload()
     torch.testing.assert_close(with_adapter, loss_of(merged, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_under_autocast_pefts_own_forward_is_taken():
+    ids, model = torch.randint(5, 480, (2, 9)), lora_model(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, ids)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

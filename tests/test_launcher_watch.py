@@ -13,7 +13,8 @@ import pytest
 from conftest import REPOSITORY, train_arguments
 
 from tinyllm import checkpoint
-from tinyllm.launcher_watch import LAUNCHER_VARIABLE, parent_to_watch
+from tinyllm.interrupt import StopRequest
+from tinyllm.launcher_watch import LAUNCHER_VARIABLE, parent_to_watch, stop_is_under_way
 
 SECONDS = 15
 # A launcher that starts a process as torchrun and accelerate do, prints its id, and waits.
@@ -146,3 +147,11 @@ def test_the_ranks_of_a_killed_launch_end_and_leave_a_checkpoint(
     assert said.read_text().count("the launcher of this process has ended") == 1
     assert all(checkpoint.problem(one.path) is None for one in checkpoint.find(folder))
     assert f"at step {checkpoint.find(folder)[0].step}, saved" in said.read_text()
+
+
+def test_a_save_under_way_is_not_signalled_again():
+    assert not stop_is_under_way()
+    with StopRequest() as request, request.defer():
+        assert not stop_is_under_way()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.wanted and stop_is_under_way()

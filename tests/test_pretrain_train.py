@@ -1,12 +1,18 @@
 """Settings, optimizer, schedule, training with resume, and the exported folder."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from conftest import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyllm.pretrain import __main__ as program
@@ -240,3 +246,52 @@ def test_bits_per_character_counts_scored_characters_only(settings):
     together = bits_per_character(run.model, run.tokenizer, [text, "短的句子。"])
     assert bits_per_character(run.model, run.tokenizer, [text]) == pytest.approx(expected, rel=1e-4)
     assert together != pytest.approx(expected, rel=1e-6)
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def start_processes(settings, *how) -> subprocess.Popen:
+    """The pretraining as a command, on the CPU."""
+    words = [
+        word for f in fields(settings) if f.type is not dict
+        for word in (f"--{f.name}", str(getattr(settings, f.name)))
+    ]  # fmt: skip
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *how, "-m", "tinyllm.pretrain", *words], cwd=REPOSITORY, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def losses_written(settings) -> list[float]:
+    lines = (settings.path("checkpoints") / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_stop_together(settings):
+    settings.rows_per_step, settings.max_steps = 4, 3
+    expected = losses_of(run_of(settings), 3)
+    both = start_processes(settings, *TWO)
+    text = both.communicate(timeout=300)[0]
+    assert both.returncode == 0, text
+    assert "products in fp32, 2 process(es)" in text
+    assert losses_written(settings) == pytest.approx(expected, abs=1e-4)
+
+    settings.max_steps, settings.stage = 100_000, "stable"
+    both = start_processes(settings, *TWO)
+    for line in both.stdout:
+        if "step 8 " in line:
+            both.terminate()  # torchrun hands SIGTERM on
+            break
+    text = both.communicate(timeout=120)[0]
+    assert both.returncode != 0 and "saved" in text, text
+    assert checkpoint.load(checkpoint.last(settings.path("checkpoints")))["progress"]["step"] >= 8
+
+
+def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeypatch):
+    run_of(settings)  # accelerate keeps what it finds first: one process
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="do not train together"):
+        run_of(settings)

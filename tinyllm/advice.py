@@ -189,12 +189,17 @@ def facts_of(settings, trainer, plan) -> Facts:
         learning_rate=args.learning_rate,
         num_warmup=args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * plan.steps,
         scale=scale,
-        slow_seconds=(plan.seconds or 0.0) if computes_slowly(trainer.model) else 0.0,
+        slow_seconds=(plan.seconds or 0.0) if computes_slowly(settings, trainer.model) else 0.0,
     )
 
 
-def computes_slowly(model) -> bool:
-    """Whether a model computes in float32 on a CPU that is faster in bfloat16."""
+def computes_slowly(settings, model) -> bool:
+    """Whether a run that could have its base in bfloat16 computes in float32 on a CPU that is faster
+    in bfloat16.
+    """
+    args = settings.training
+    if args.bf16 or args.fp16 or settings.base.is_quantised or settings.lora.moves_base_weights:
+        return False
     weight = next(model.parameters())
     in_float32 = weight.dtype == torch.float32 and weight.device.type == "cpu"
     return in_float32 and cpu_multiplies_bf16()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 
@@ -52,6 +53,7 @@ def combine_adapters(
         check_combinable(model, one)
     if name in model.peft_config:
         raise UserError(f"there is an adapter {name!r} already; choose another name")
+    training = model.training
     with _plain_first(model, next(iter(weights))):
         try:
             model.add_weighted_adapter(
@@ -70,14 +72,38 @@ def combine_adapters(
             f"peft cannot combine these adapters: it leaves out {len(missing)} layers that only some "
             f"of them adapt, first {min(missing)}"
         )
-    model.eval()
+    if kind == "cat":
+        _keep_exact(model, weights, name)
+    model.train(training)
+
+
+def _keep_exact(model: PeftModel, weights: Mapping[str, float], name: str) -> None:
+    """Write a ``cat`` anew in the precision of its parts: peft rounds it to that of the base."""
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
+            continue
+        parts = [one for one in weights if one in layer.lora_A]
+        wide = layer.lora_A[parts[0]].weight.dtype
+        if layer.lora_A[name].weight.dtype == wide:
+            continue
+        a = [layer.lora_A[p].weight.data * (weights[p] * layer.scaling[p]) for p in parts]
+        b = [layer.lora_B[p].weight.data for p in parts]
+        for linear, values in (
+            (layer.lora_A[name], torch.cat(a)),
+            (layer.lora_B[name], torch.cat(b, 1)),
+        ):
+            # what a part without this layer would have filled stays zero
+            data = torch.zeros(linear.weight.shape, dtype=wide, device=linear.weight.device)
+            data[: values.shape[0], : values.shape[1]] = values
+            linear.weight.data = data
 
 
 def check_weights(weights: Mapping[str, float], known: list[str]) -> None:
     """Raise a UserError for adapters that are not there, and for weights that mean nothing."""
     for name, weight in weights.items():
         if name not in known:
-            raise UserError(f"no adapter {name!r} to combine; there is {', '.join(known)}")
+            there = ", ".join(known) or "none"
+            raise UserError(f"no adapter {name!r} to combine; there is {there}")
         if not math.isfinite(weight):
             raise UserError(f"{name}={weight}: the weight must be a finite number")
     if not any(weights.values()):

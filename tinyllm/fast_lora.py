@@ -108,6 +108,7 @@ class FastLoraLinear(PeftLinear):
         return (
             self.training
             and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")  # chooses the dtype of each product itself
             and len(self.active_adapters) == 1
             and self.active_adapters[0] in self.lora_A
             and not (self.disable_adapters or self.merged or self.lora_variant)

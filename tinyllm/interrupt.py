@@ -99,4 +99,5 @@ class StopRequest:
 
 def _tell(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read stderr may have gone
+            print(f"\n{text}", file=sys.stderr, flush=True)

@@ -18,6 +18,8 @@ import threading
 import time
 from collections.abc import Mapping
 
+from tinyllm.interrupt import StopRequest
+
 LAUNCHER_VARIABLE = "TINYLLM_LAUNCHER"  # id of the process that runs tinyllm.launch
 LOOK_SECONDS = 0.5
 PATIENCE_SECONDS = 30  # more than interrupt.py's own, after which nothing is waited for
@@ -67,12 +69,19 @@ def _lives(pid: int) -> bool:
     return True
 
 
+def stop_is_under_way() -> bool:
+    """Whether interrupt.py has noted a signal already: a second one would not wait for the save."""
+    request = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return isinstance(request, StopRequest) and request.wanted
+
+
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         with contextlib.suppress(OSError):  # whoever read stderr may have gone with it
             print("the launcher of this process has ended: stopping", file=sys.stderr, flush=True)
-    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+    if not stop_is_under_way():
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     time.sleep(PATIENCE_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

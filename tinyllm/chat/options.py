@@ -145,6 +145,8 @@ def _is_sum(words: str, pairs: list[tuple[str, str]], names: list[str]) -> bool:
     if len(pairs) > 1:
         return True
     (name, value), *_ = pairs
+    if "/" in name and name not in names:  # a path that is not there, with a `=` in it
+        return False
     return _number(value) is not None or (name in names and "/" not in value)
 
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tinyllm.errors import UserError
 from tinyllm.native_bf16 import cpu_multiplies_bf16
 from tinyllm.pretrain import checkpoint
 from tinyllm.pretrain.evaluate import bits_per_character, passages
@@ -22,11 +24,30 @@ log = logging.getLogger(__name__)
 SAMPLE_TOKENS = 48
 
 
-def computes_bf16(settings: Settings) -> bool:
-    """Whether the matrix products run in bfloat16 (weights and optimizers stay in float32)."""
-    if settings.precision == "auto":
-        return torch.cuda.is_available() or cpu_multiplies_bf16()
-    return settings.precision == "bf16"
+def precision_of(settings: Settings) -> str:
+    """`bf16` or `fp32`, that of the matrix products (weights and optimizers stay in float32)."""
+    if settings.precision != "auto":
+        return settings.precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
+
+
+def build_accelerator(precision: str) -> Accelerator:
+    """One process of this run.
+
+    Raises:
+        UserError: several were started, and this one knows nothing of the others.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpus = started > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=on_cpus)
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"{started} processes were started, but they do not train together; start one process, "
+            "or as many as there are GPUs"
+        )
+    return accelerator
 
 
 class Run:
@@ -54,7 +75,8 @@ class Run:
             for source, texts in train_texts.items()
             if settings.weights.get(source, 0) > 0
         }
-        self.accelerator = Accelerator(mixed_precision="bf16" if computes_bf16(settings) else "no")
+        self.precision = precision_of(settings)
+        self.accelerator = build_accelerator(self.precision)
         self.progress = Progress()
         # Tokens seen per source since the very start, over all changes of the corpus.
         self.seen: dict[str, int] = {}
@@ -63,7 +85,7 @@ class Run:
         self.loss = self.accelerator.prepare(PackedLoss(self.model))
         self.optimizers = build_optimizers(
             self.model, settings.muon_lr, settings.adamw_lr, settings.momentum,
-            settings.weight_decay, torch.bfloat16 if computes_bf16(settings) else torch.float32,
+            settings.weight_decay, torch.bfloat16 if self.precision == "bf16" else torch.float32,
         )  # fmt: skip
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
@@ -83,6 +105,7 @@ class Run:
             "stream_seed": self.stream.seed,
             "corpus": self.corpus_digest,
             "weights": self.settings.weights,
+            "precision": self.precision,
             "seen": self.seen,
         }
 
@@ -103,6 +126,10 @@ class Run:
             optimizer.param_groups[0]["lr"] = rate
         self.progress, self.seen = Progress(**state["progress"]), dict(state["seen"])
         log.info("resumed at step %d from %s", self.progress.step, path)
+        if (before := state.get("precision", "fp32")) != self.precision:
+            log.info(
+                "products were in %s before, and are in %s from here on", before, self.precision
+            )
         if (state["corpus"], state["weights"]) == (self.corpus_digest, self.settings.weights):
             self.stream.seed = state["stream_seed"]
             self.stream.load_state_dict(state["stream"])
@@ -137,6 +164,16 @@ class Run:
         self.update()
         self.progress.step += 1
         return accelerator.reduce(total, "sum").item()
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is so in at least one process; all of them must ask."""
+        mark = torch.tensor(float(flag), device=self.accelerator.device)
+        return self.accelerator.reduce(mark, "sum").item() > 0
+
+    def slowest(self, seconds: float) -> float:
+        """The longest time of all processes; all of them must ask."""
+        mine = torch.tensor([seconds], device=self.accelerator.device, dtype=torch.float64)
+        return self.accelerator.gather(mine).max().item()
 
     def update(self) -> None:
         """Clip what AdamW trains (Muon's step has a fixed size), set the rates, step."""

@@ -67,7 +67,8 @@ class Settings(ModelSettings):
     weight_decay: float = setting(0.05, "of Muon, decoupled")
     max_grad_norm: float = setting(1.0, "of the embeddings and norms; Muon does not need it")
     precision: str = setting(
-        "auto", "of the matrix products: bf16, fp32, or auto (bf16 where the hardware has it)"
+        "auto",
+        "of the matrix products: bf16, fp32, or auto (bf16 where the hardware multiplies it)",
     )
     log_steps: int = setting(10, "steps between log lines")
     save_minutes: float = setting(3.0, "minutes between checkpoints")

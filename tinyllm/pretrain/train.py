@@ -1,8 +1,8 @@
 """The training loop: warm-up, stable rate and decay, with checkpoints, samples and evaluations.
 
 The same command goes on where the last checkpoint stopped: exactly when the corpus is the same, with
-a freshly shuffled stream when it changed (the log says which). Runs on a CPU (float32), one GPU or
-several processes under `torchrun` / `accelerate launch` (bfloat16 on GPUs).
+a freshly shuffled stream when it changed (the log says which). Runs on a CPU, one GPU or
+several processes under `torchrun` / `accelerate launch`; all of them stop after the same step.
 """
 
 import dataclasses
@@ -77,6 +77,7 @@ def prepare(run: Run) -> None:
         if path != run.folder / STABLE:
             shutil.copyfile(path, run.folder / STABLE)
         log.info("decay: %d steps from step %d", run.settings.decay_steps, run.progress.step)
+    log.info("products in %s, %d process(es)", run.precision, run.accelerator.num_processes)
     for source, pieces in run.stream.pieces.items():
         log.info(
             "text %-24s %7d pieces %9d tokens, share %4.1f %%", source, len(pieces),
@@ -96,10 +97,10 @@ def train(run: Run) -> None:
     )
     with signals_noted() as stopped:
         pace = 0.0  # seconds a step, running mean
-        while fraction_done(settings, progress) < 1 and not stopped:
+        while fraction_done(settings, progress) < 1 and not run.anywhere(bool(stopped)):
             started = time.monotonic()
             loss = run.train_step()
-            seconds = time.monotonic() - started
+            seconds = run.slowest(time.monotonic() - started)
             seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
             progress.seconds += seconds
             if not pace or progress.step % settings.log_steps == 0:
@@ -112,7 +113,7 @@ def train(run: Run) -> None:
             if evaluate.due():
                 log_evaluation(run)
     run.save()
-    if stopped:
+    if fraction_done(settings, progress) < 1:
         raise UserError("stopped; the same command goes on here")
     log_evaluation(run)
     log_samples(run)
