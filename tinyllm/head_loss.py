@@ -32,10 +32,8 @@ class FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(ids), size):
             here = slice(start, start + size)
             logits = (hidden[here] @ weight.t()).float()  # (size, V)
-            logits.sub_(logits.amax(-1, keepdim=True))
-            wanted = logits.gather(-1, ids[here, None])
-            total = logits.exp_().sum(-1, keepdim=True)
-            loss += (total.log() - wanted).sum()
+            part, total = exponentiate(logits, ids[here])
+            loss += part
             if gradient is not None:  # softmax(logits) W - W[ids]
                 mean = (logits.to(weight.dtype) @ weight).float().div_(total)
                 gradient[here] = mean.sub_(weight[ids[here]])
@@ -47,6 +45,19 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
+
+
+def exponentiate(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace logits (n, V), float32, by their exponentials, each row up to a factor.
+
+    Returns:
+        The summed cross-entropy of ``ids`` (n,), (); and each row's sum, (n, 1), by which its
+        exponentials are to be divided to be probabilities.
+    """
+    logits.sub_(logits.amax(-1, keepdim=True))
+    wanted = logits.gather(-1, ids[:, None])
+    total = logits.exp_().sum(-1, keepdim=True)
+    return (total.log() - wanted).sum(), total
 
 
 def has_plain_frozen_head(model) -> bool:

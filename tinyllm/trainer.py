@@ -32,7 +32,7 @@ from tinyllm.settings import SftArguments
 # Tokens of a micro-batch on a CPU.  Small layers need 1,024 to outweigh the calls around them (12 to
 # 30 % faster than 512 at width 384); wider ones gain little, and their activations cost memory
 # (6 % for 600 MiB at width 576 and 30 layers).
-CPU_TOKENS = {"narrow": 1024, "wide": 512}
+NARROW_CPU_TOKENS, WIDE_CPU_TOKENS = 1024, 512
 NARROW = 512
 NO_GRADIENT = (
     "step 1: every gradient is zero, so nothing would be learned; is a part of the model frozen that "
@@ -219,7 +219,7 @@ class SftTrainer(SavingTrainer):
 def cpu_tokens(model) -> int:
     """Most tokens of a micro-batch on a CPU, by the width of the model's layers."""
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return CPU_TOKENS["narrow" if width <= NARROW else "wide"]
+    return NARROW_CPU_TOKENS if width <= NARROW else WIDE_CPU_TOKENS
 
 
 def whole_steps(args: SftArguments) -> SftArguments:

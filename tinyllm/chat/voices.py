@@ -73,8 +73,8 @@ class Voices:
         Raises:
             UserError: the base is asked for and the adapter is merged into it.
         """
-        if name is None and self.merged:
-            raise UserError("the adapter is merged into the base; leave out --merge_weights")
+        if name is None:
+            self._check_unmerged()
         if name not in self._engines:
             self._engines[name] = self.maker.engine(self.adapters[name] if name else None)
         return self._engines[name]
@@ -134,8 +134,7 @@ class Voices:
         """
         from tinyllm.combine import check_combinable, check_kind, check_weights, combine_adapters
 
-        if self.merged:
-            raise UserError("the adapter is merged into the base; leave out --merge_weights")
+        self._check_unmerged()
         check_weights(weights, self.names)
         check_kind(kind)
         name = name_of_sum(weights, kind)
@@ -156,8 +155,7 @@ class Voices:
         Raises:
             UserError: there is no such adapter, or it is the one that answers.
         """
-        if self.merged:
-            raise UserError("the adapter is merged into the base; leave out --merge_weights")
+        self._check_unmerged()
         self._check_known(name)
         if name == self.current:
             raise UserError(f"{name!r} answers now; /adapter NAME or /adapter off first")
@@ -169,6 +167,10 @@ class Voices:
         else:
             self.model = self.maker.model = self.model.unload()
         self._engines.clear()  # what kept a model from the fast engine may have gone
+
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise UserError("the adapter is merged into the base; leave out --merge_weights")
 
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:

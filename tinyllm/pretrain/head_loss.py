@@ -7,8 +7,9 @@ the same for a frozen head.
 
 import torch
 
+from tinyllm.head_loss import LARGE_CHUNK_ELEMENTS, exponentiate
+
 CHUNK_ELEMENTS = {"cpu": 1 << 22}  # logits at a time: 16 MB in float32 stay in a CPU's cache
-LARGE_CHUNK_ELEMENTS = 1 << 26  # a GPU wants large products
 
 
 class HeadLoss(torch.autograd.Function):
@@ -52,10 +53,7 @@ class HeadLoss(torch.autograd.Function):
 def loss_and_gradient(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss, () float32, and its gradient by the logits (n, V), in their dtype."""
     dtype, logits = logits.dtype, logits.float()
-    logits.sub_(logits.amax(-1, keepdim=True))
-    wanted = logits.gather(-1, ids[:, None])
-    total = logits.exp_().sum(-1, keepdim=True)
-    loss = (total.log() - wanted).sum()
+    loss, total = exponentiate(logits, ids)
     logits.div_(total)
-    logits.scatter_add_(-1, ids[:, None], torch.full_like(wanted, -1.0))
+    logits.scatter_add_(-1, ids[:, None], torch.full_like(total, -1.0))
     return loss, logits.to(dtype)
