@@ -16,7 +16,8 @@ from conftest import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyllm.pretrain import __main__ as program
-from tinyllm.pretrain import checkpoint, head_loss
+from tinyllm.pretrain import checkpoint, compiled, head_loss
+from tinyllm.pretrain.compiled import compiler_fault
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 from tinyllm.pretrain.model import build_model
 from tinyllm.pretrain.muon import Muon, build_optimizers, orthogonalize
@@ -76,6 +77,8 @@ def test_shipped_yaml_parses_and_gives_about_16m_parameters():
         {"stage": "decay"},
         {"num_heads": 4, "num_key_value_heads": 3},
         {"precision": "int8"},
+        {"compile": "maybe"},
+        {"optimizer": "sgd"},
     ],
 )
 def test_contradictions_are_refused(bad):
@@ -124,12 +127,38 @@ def test_bfloat16_products_train_alike(settings):
         AcceleratorState._reset_state(True)
 
 
+@pytest.mark.skipif(bool(compiler_fault()), reason="no working C++ compiler")
+def test_compiled_layers_train_alike_and_are_saved_under_the_same_names(settings):
+    exact = run_of(settings)
+    losses = losses_of(exact, 4)
+    settings.compile = "on"
+    run = run_of(settings)
+    assert run.compiled and not exact.compiled
+    assert losses_of(run, 4) == pytest.approx(losses, rel=1e-5)
+    assert run.model.state_dict().keys() == exact.model.state_dict().keys()
+    assert run.evaluate() == pytest.approx(exact.evaluate(), rel=1e-4)
+    assert run.sample("小明") == exact.sample("小明")
+
+
+def test_no_compiler_is_said_and_only_an_error_when_asked_for(settings, monkeypatch, caplog):
+    monkeypatch.setattr(compiled, "compiler_fault", lambda: "no g++")
+    model = run_of(settings).model
+    with caplog.at_level("INFO"):
+        assert not compiled.compile_layers(model, "auto", "bf16")
+    assert torch.cuda.is_available() or "not compiled: no g++" in caplog.text
+    with pytest.raises(ValueError, match=r"cannot compile \(no g\+\+\); install"):
+        compiled.compile_layers(model, "on", "bf16")
+
+
 def test_muon_takes_the_layers_and_adamw_the_rest(settings):
     model = run_of(settings).model
-    muon, adamw = build_optimizers(model, 0.02, 3e-3, 0.95, 0.0)
+    muon, adamw = build_optimizers(model, settings, bf16=False)
     assert isinstance(muon, Muon)
     assert len(muon.param_groups[0]["params"]) == 2 * 7
     assert len(adamw.param_groups[0]["params"]) == 1 + 2 * 2 + 1
+    settings.optimizer = "adamw"
+    (adamw,) = build_optimizers(model, settings, bf16=False)
+    assert len(adamw.param_groups[0]["params"]) == 1 + 2 * 9 + 1
 
 
 def test_schedule_of_a_full_run():

@@ -10,6 +10,9 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+from tinyllm.pretrain.settings import Settings
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -27,7 +30,7 @@ def orthogonalize(update: torch.Tensor, num_iterations: int = 5) -> torch.Tensor
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """Orthogonalised Nesterov momentum with decoupled weight decay, for 2-D weights."""
 
     def __init__(
@@ -69,18 +72,18 @@ class Muon(torch.optim.Optimizer):
             parameter.add_(update, alpha=-group["lr"] * scale)
 
 
-def build_optimizers(
-    model: nn.Module,
-    muon_lr: float,
-    adamw_lr: float,
-    momentum: float,
-    weight_decay: float,
-    dtype: torch.dtype = torch.float32,
-) -> list[torch.optim.Optimizer]:
-    """[Muon for the matrices inside the layers, AdamW for embeddings and norms]."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and ".layers." in name
-        (matrices if hidden else others).append(parameter)
-    adamw = torch.optim.AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, muon_lr, momentum, weight_decay, dtype), adamw]
+def build_optimizers(model: nn.Module, settings: Settings, bf16: bool) -> list[Optimizer]:
+    """[Muon for the matrices inside the layers, AdamW for embeddings and norms], or AdamW alone."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
+    if settings.optimizer == "adamw":
+        matrices = []
+    chosen = set(matrices)
+    others = [p for _, p in named if p not in chosen]
+    adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if not matrices:
+        return [adamw]
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return [
+        Muon(matrices, settings.muon_lr, settings.momentum, settings.weight_decay, dtype), adamw
+    ]  # fmt: skip

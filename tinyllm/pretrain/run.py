@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from tinyllm.errors import UserError
 from tinyllm.native_bf16 import cpu_multiplies_bf16
 from tinyllm.pretrain import checkpoint
+from tinyllm.pretrain.compiled import as_written, compile_layers
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 from tinyllm.pretrain.model import IGNORE_INDEX, PackedLoss, build_model
 from tinyllm.pretrain.muon import build_optimizers
@@ -82,11 +83,9 @@ class Run:
         self.seen: dict[str, int] = {}
         self.stream = self.new_stream()
         self.model: LlamaForCausalLM = build_model(settings, settings.seed)
+        self.compiled = compile_layers(self.model, settings.compile, self.precision)
         self.loss = self.accelerator.prepare(PackedLoss(self.model))
-        self.optimizers = build_optimizers(
-            self.model, settings.muon_lr, settings.adamw_lr, settings.momentum,
-            settings.weight_decay, torch.bfloat16 if self.precision == "bf16" else torch.float32,
-        )  # fmt: skip
+        self.optimizers = build_optimizers(self.model, settings, self.precision == "bf16")
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
     def new_stream(self) -> Mixture:
@@ -178,7 +177,7 @@ class Run:
     def update(self) -> None:
         """Clip what AdamW trains (Muon's step has a fixed size), set the rates, step."""
         factor = rate_factor(self.settings, self.progress)
-        adamw_params = self.optimizers[1].param_groups[0]["params"]
+        adamw_params = self.optimizers[-1].param_groups[0]["params"]
         torch.nn.utils.clip_grad_norm_(adamw_params, self.settings.max_grad_norm)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
@@ -187,16 +186,17 @@ class Run:
 
     def evaluate(self, model: LlamaForCausalLM | None = None) -> dict[str, float]:
         """Bits per character per held-out source, of this model or another one."""
-        return {
-            source: round(bits_per_character(model or self.model, self.tokenizer, texts), 4)
-            for source, texts in self.heldout.items()
-        }
+        with as_written():
+            return {
+                source: round(bits_per_character(model or self.model, self.tokenizer, texts), 4)
+                for source, texts in self.heldout.items()
+            }
 
     @torch.no_grad()
     def sample(self, prompt: str) -> str:
         """A continuation (seeded by the step; the random numbers of the training are untouched)."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), as_written():
             torch.manual_seed(self.progress.step)
             ids = self.model.generate(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],

@@ -15,6 +15,13 @@ WEIGHTS = {
     "chinese-poetry": 3, "debian-handbook": 3,
 }  # fmt: skip
 
+CHOICES = {
+    "stage": ("stable", "decay", "full", "export"),
+    "precision": ("auto", "bf16", "fp32"),
+    "compile": ("auto", "on", "off"),
+    "optimizer": ("muon", "adamw"),
+}
+
 
 def setting(default: object, text: str) -> object:
     """A dataclass field with a help text."""
@@ -61,14 +68,18 @@ class Settings(ModelSettings):
     decay_from_checkpoint: str = setting("", "begin the decay here instead of the last checkpoint")
     rows_per_step: int = setting(8, "packed rows in one optimizer step, over all processes")
     rows_per_forward: int = setting(4, "packed rows in one forward")
+    optimizer: str = setting("muon", "of the hidden matrices: muon, or adamw like all the rest")
     muon_lr: float = setting(0.01, "rate of the hidden matrices")
-    adamw_lr: float = setting(2e-3, "rate of the embeddings and norms")
+    adamw_lr: float = setting(2e-3, "rate of the embeddings and norms, or of everything")
     momentum: float = setting(0.95, "of Muon")
     weight_decay: float = setting(0.05, "of Muon, decoupled")
     max_grad_norm: float = setting(1.0, "of the embeddings and norms; Muon does not need it")
     precision: str = setting(
         "auto",
         "of the matrix products: bf16, fp32, or auto (bf16 where the hardware multiplies it)",
+    )
+    compile: str = setting(
+        "auto", "the decoder layers: on, off, or auto (on a CPU that multiplies bf16)"
     )
     log_steps: int = setting(10, "steps between log lines")
     save_minutes: float = setting(3.0, "minutes between checkpoints")
@@ -79,10 +90,9 @@ class Settings(ModelSettings):
 
     def __post_init__(self) -> None:
         """Refuse what cannot work before anything is fetched."""
-        if self.stage not in ("stable", "decay", "full", "export"):
-            raise UserError(f"stage is {self.stage!r}; choose stable, decay, full or export")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise UserError(f"precision is {self.precision!r}; choose auto, bf16 or fp32")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{name} is {value!r}; choose {', '.join(choices)}")
         if self.stage == "decay" and self.decay_steps < 1:
             raise UserError("stage decay needs --decay_steps of at least 1")
         if self.num_heads % self.num_key_value_heads:

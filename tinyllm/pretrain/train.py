@@ -78,6 +78,7 @@ def prepare(run: Run) -> None:
             shutil.copyfile(path, run.folder / STABLE)
         log.info("decay: %d steps from step %d", run.settings.decay_steps, run.progress.step)
     log.info("products in %s, %d process(es)", run.precision, run.accelerator.num_processes)
+    log.info("decoder layers are %s", "compiled" if run.compiled else "not compiled")
     for source, pieces in run.stream.pieces.items():
         log.info(
             "text %-24s %7d pieces %9d tokens, share %4.1f %%", source, len(pieces),
@@ -101,8 +102,9 @@ def train(run: Run) -> None:
             started = time.monotonic()
             loss = run.train_step()
             seconds = run.slowest(time.monotonic() - started)
+            # The first step after a start may compile: it is not counted as training.
             seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
-            progress.seconds += seconds
+            progress.seconds += seconds if pace else 0.0
             if not pace or progress.step % settings.log_steps == 0:
                 report(run, loss, pace or seconds)
             pace = 0.9 * pace + 0.1 * seconds if pace else seconds
