@@ -7,9 +7,10 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from tinyllm.decode import kernel
-from tinyllm.decode.choice import unsupported_options
+from tinyllm.decode.choice import TopKTopP, unsupported_options
 from tinyllm.decode.fast import FastEngine
 from tinyllm.decode.pick import EngineMaker
 from tinyllm.decode.plain import PlainEngine
@@ -63,6 +64,7 @@ MODELS = {
     "tied": make_model,
     "bfloat16 weights": lambda: make_model().bfloat16().float(),
     "no groups": lambda: make_model(num_key_value_heads=4, tie_word_embeddings=False),
+    "odd sizes": lambda: make_model(hidden_size=40, intermediate_size=50).bfloat16().float(),
     "biases": make_qwen2,
 }
 
@@ -106,6 +108,22 @@ def test_a_seed_draws_the_tokens_that_generate_draws(options, library):
         expected = plain.write(PROMPTS[0], config)
         torch.manual_seed(seed)
         assert engine.write(PROMPTS[0], config) == expected
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(50, 0.9), (5, 0.3), (1, 0.9), (480, 0.95), (999, 0.5)]
+)
+def test_top_k_then_top_p_is_transformers_own(top_k, top_p, ties):
+    torch.manual_seed(top_k)
+    scores = torch.randn(40, 480) * torch.linspace(0.1, 6, 40)[:, None]
+    if ties:
+        scores = scores.round()
+    expected = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores))
+    assert torch.equal(TopKTopP(top_k, top_p)(None, scores), expected)
+    for row in range(len(scores)):
+        alone = TopKTopP(top_k, top_p)(None, scores[row : row + 1])
+        assert torch.equal(alone[0], expected[row])
 
 
 def test_the_cache_carries_over_what_two_prompts_share(library):

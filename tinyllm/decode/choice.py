@@ -80,13 +80,41 @@ def processors(config: GenerationConfig) -> list:
     top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
     if config.temperature not in (None, 1.0):
         wanted.append(TemperatureLogitsWarper(config.temperature))
-    if top_k:
+    nucleus = config.top_p is not None and config.top_p < 1.0
+    if top_k and nucleus:
+        wanted.append(TopKTopP(top_k, config.top_p))
+    elif top_k:
         wanted.append(TopKLogitsWarper(top_k))
-    if config.top_p is not None and config.top_p < 1.0:
+    elif nucleus:
         wanted.append(TopPLogitsWarper(config.top_p))
     if config.min_p is not None:
         wanted.append(MinPLogitsWarper(config.min_p))
     return wanted
+
+
+class TopKTopP:
+    """``TopKLogitsWarper``, then ``TopPLogitsWarper``, without sorting the whole vocabulary: what is
+    not among the first k has no share in the sums. Where ids tie at an edge, the two themselves decide.
+    """
+
+    def __init__(self, top_k: int, top_p: float) -> None:
+        self.top_k, self.top_p = top_k, top_p
+        self.both = TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores`` ``(rows, V)`` with minus infinity for what is left out."""
+        best = torch.topk(scores, min(self.top_k + 1, scores.shape[-1]))[0]  # (rows, k + 1)
+        rising = best[:, : self.top_k].flip(-1)
+        out = rising.softmax(-1).cumsum(-1) <= 1 - self.top_p
+        out[:, -1] = False  # the likeliest stays
+        edge = out.sum(-1, keepdim=True)  # of each row, how many of the k are left out
+        lowest, below = rising.gather(-1, edge), rising.gather(-1, (edge - 1).clamp(min=0))
+        ties = ((edge > 0) & (below == lowest)).any() or (best[:, -1] == best[:, -2]).any()
+        if best.shape[-1] <= self.top_k or ties:
+            for warper in self.both:
+                scores = warper(ids, scores)
+            return scores
+        return scores.masked_fill(scores < lowest, -float("inf"))
 
 
 def stops_of(config: GenerationConfig) -> set[int]:

@@ -6,7 +6,6 @@ import mmap
 
 import torch
 
-LANES = 8  # floats that row.c takes at a time
 CHUNK = 32 * 1024**2
 ALIGNED = 64  # bytes of a cache line
 
@@ -18,7 +17,9 @@ class Halves:
     the time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lanes: int) -> None:
+        """``lanes``: how many floats ``row.c`` takes at a time on this processor."""
+        self.lanes = lanes
         self.copies: dict[int, torch.Tensor] = {}
         self.chunk: mmap.mmap | None = None
         self.used = 0
@@ -28,8 +29,8 @@ class Halves:
         key = weight.data_ptr()
         if key not in self.copies:
             half = weight.to(torch.bfloat16)
-            exact = weight.shape[1] % (2 * LANES) == 0 and torch.equal(half.float(), weight)
-            self.copies[key] = self._store(paired(half)) if exact else weight
+            exact = weight.shape[1] % (2 * self.lanes) == 0 and torch.equal(half.float(), weight)
+            self.copies[key] = self._store(paired(half, self.lanes)) if exact else weight
         return self.copies[key]
 
     def _store(self, half: torch.Tensor) -> torch.Tensor:
@@ -45,6 +46,6 @@ class Halves:
         return place.view(half.shape).copy_(half)
 
 
-def paired(half: torch.Tensor) -> torch.Tensor:
-    """Each 16 numbers as eight words of two: number ``i`` below, number ``i + 8`` above."""
-    return half.view(half.shape[0], -1, 2, LANES).transpose(2, 3).reshape(half.shape)
+def paired(half: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Each ``2 * lanes`` numbers as words of two: number ``i`` below, number ``i + lanes`` above."""
+    return half.view(half.shape[0], -1, 2, lanes).transpose(2, 3).reshape(half.shape)

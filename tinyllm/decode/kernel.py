@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("row.c")
+PARTS = (SOURCE, SOURCE.with_name("row_math.h"))
 # Sums may be reordered (that is what vector registers do), nothing else of -ffast-math.
 FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
          "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11", "-Wno-psabi"]  # fmt: skip
@@ -99,6 +100,7 @@ def load() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
     except OSError:
         return None
+    library.lanes.restype = ctypes.c_int32
     library.scratch_size.argtypes = [ctypes.POINTER(Model)]
     library.scratch_size.restype = ctypes.c_int64
     library.forward.argtypes = [
@@ -120,5 +122,5 @@ def _identity(compiler: str) -> str:
     if info.is_file():
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         processor += next((s for s in lines if s.startswith(("flags", "Features"))), "")
-    parts = [SOURCE.read_text(encoding="utf-8"), *FLAGS, compiler, processor]
+    parts = [*(part.read_text(encoding="utf-8") for part in PARTS), *FLAGS, compiler, processor]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -36,7 +36,7 @@ class EngineMaker:
         """
         self.model, self.kind, self.get_kernel = model, kind, get_kernel
         self.plain = plain_model(model)
-        self.halves = Halves()
+        self.halves: Halves | None = None  # shared by the readers of all adapters
 
     def engine(self, adapter: str | None = None) -> FastEngine | PlainEngine:
         """The engine for one of the model's adapters, or for the base alone.
@@ -71,12 +71,17 @@ class EngineMaker:
 
         def make_row(context: int):
             if compiled:
+                self.halves = self.halves or Halves(library.lanes())
                 return RowDecoder(library, self.plain, adapter, self.halves, context)
             return make_rows(1, context)
 
         library = self.get_kernel() if fits_kernel(self.plain, adapter) else None
         compiled = library is not None
-        how = "compiled" if compiled else "by torch calls: no C compiler, or sizes it does not take"
+        how = (
+            "compiled"
+            if compiled
+            else "by torch calls: no C compiler, or a rank it has no room for"
+        )
         return FastEngine(make_row, make_rows, config.max_position_embeddings, how)
 
     @torch.inference_mode()

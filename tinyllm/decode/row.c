@@ -2,21 +2,19 @@
  *
  * At one row a small model is bound by reading its weights.  So weights that are bfloat16 numbers are
  * read as bfloat16 (half the bytes, the same values), and a LoRA adapter stays beside its matrix:
- * y = W x + b + s B (A x).  Compiled by kernel.py, which also checks the shapes this file relies on:
- * every inner size is a multiple of 8, of 16 where the weights are bfloat16.
+ * y = W x + b + s B (A x).  All threads walk through the layers together; each computes a part of every
+ * product, what it wrote last is still in its cache, and they meet five times a layer.
+ * Compiled by kernel.py.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "row_math.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#define MEET _Pragma("omp barrier")
 #define WORTH_SHARING 65536 /* weights of a matrix that more than one thread takes up */
 #define MAX_RANK 1024
 #define BLOCK 8 /* tokens that share one pass over the weights */
-
-typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t u32x8 __attribute__((vector_size(32), aligned(4)));
 
 typedef struct {
     const void *weight;             /* (out, in) float or, where half is set, bfloat16 */
@@ -40,211 +38,236 @@ typedef struct {
     float eps;
 } Model;
 
-INLINE f32x8 load(const float *at) { return *(const f32x8 *)at; }
+/* One thread's share of the work: part `part` of `parts`, and memory of its own. */
+typedef struct {
+    int part, parts;
+    float *normed, *scores; /* (BLOCK, hidden), (context) */
+} Share;
 
-INLINE float sum(f32x8 v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
-}
+typedef struct {
+    float *x, *q, *k, *v, *mixed, *gate, *up; /* (BLOCK, ...) each, shared by all threads */
+} Scratch;
 
-/* Of 16 bfloat16 numbers the first eight lie in the lower halves of eight words (see halves.py). */
-INLINE void open_pair(const void *w, int64_t at, f32x8 *low, f32x8 *high) {
-    u32x8 pair = *(const u32x8 *)((const uint16_t *)w + at);
-    *low = (f32x8)(pair << 16), *high = (f32x8)(pair & 0xffff0000u);
-}
+int32_t lanes(void) { return LANES; }
 
-/* One row of W . x, read from front to back: memory is fetched ahead only for a steady reader. */
-INLINE float dot(const void *w, const int half, int64_t at, int64_t in, const float *x) {
-    f32x8 acc[4] = {{0}, {0}, {0}, {0}}, low, high;
-    int64_t i = 0;
-    for (; i + 32 <= in; i += 32)
-        UNROLL for (int j = 0; j < 4; j += 2) {
-            if (half) open_pair(w, at + i + 8 * j, &low, &high);
-            else {
-                low = load((const float *)w + at + i + 8 * j);
-                high = load((const float *)w + at + i + 8 * j + 8);
-            }
-            acc[j] += low * load(x + i + 8 * j);
-            acc[j + 1] += high * load(x + i + 8 * j + 8);
-        }
-    for (; half && i < in; i += 16) {
-        open_pair(w, at + i, &low, &high);
-        acc[0] += low * load(x + i), acc[1] += high * load(x + i + 8);
-    }
-    for (; i < in; i += 8) acc[2] += load((const float *)w + at + i) * load(x + i);
-    return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
-
-/* y[t][o] = W[o] . x[t] for `rows` outputs from o on and four tokens. */
-INLINE void tile(const void *w, const int half, int64_t in, int64_t out, const float *x, float *y,
-                 int64_t o, const int rows) {
-    f32x8 acc[2][4], low, high;
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int t = 0; t < 4; t++) acc[r][t] = (f32x8){0};
-    for (int64_t i = 0; i < in; i += half ? 16 : 8) {
-        UNROLL for (int r = 0; r < rows; r++) {
-            int64_t at = (o + r) * in + i;
-            if (half) {
-                open_pair(w, at, &low, &high);
-                UNROLL for (int t = 0; t < 4; t++)
-                    acc[r][t] += low * load(x + t * in + i) + high * load(x + t * in + i + 8);
-            } else {
-                low = load((const float *)w + at);
-                UNROLL for (int t = 0; t < 4; t++) acc[r][t] += low * load(x + t * in + i);
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int t = 0; t < 4; t++) y[t * out + o + r] = sum(acc[r][t]);
-}
-
-/* The outputs `from` to `end` of n tokens. */
-INLINE void product(const void *w, const int half, int64_t in, int64_t from, int64_t end, int64_t out,
-                    const float *x, float *y, int n) {
-    int t = 0;
-    for (; t + 4 <= n; t += 4, x += 4 * in, y += 4 * out) {
-        int64_t o = from;
-        for (; o + 2 <= end; o += 2) tile(w, half, in, out, x, y, o, 2);
-        for (; o < end; o++) tile(w, half, in, out, x, y, o, 1);
-    }
-    for (; t < n; t++, x += in, y += out)
-        for (int64_t o = from; o < end; o++) y[o] = dot(w, half, o * in, in, x);
-}
-
-static void linear(const Linear *l, const float *x, float *y, int n, int threads) {
+/* y += s B (A x) for the outputs `from` to `end` of one token. */
+INLINE void adapt(const Linear *l, const float *x, float *y, int64_t from, int64_t end) {
     float low[MAX_RANK];
-    int parts = (int64_t)l->in * l->out < WORTH_SHARING ? 1 : threads;
-#pragma omp parallel for num_threads(parts) if (parts > 1)
-    for (int part = 0; part < parts; part++) {
-        int64_t from = (int64_t)l->out * part / parts, end = (int64_t)l->out * (part + 1) / parts;
-        if (l->half) product(l->weight, 1, l->in, from, end, l->out, x, y, n);
-        else product(l->weight, 0, l->in, from, end, l->out, x, y, n);
+    int64_t o = from;
+    for (int r = 0; r < l->rank; r++) low[r] = l->scale * dot(l->a, 0, (int64_t)r * l->in, l->in, x);
+    for (; o + LANES <= end; o += LANES) {
+        vec acc = load(y + o);
+        for (int r = 0; r < l->rank; r++) acc += low[r] * load(l->b + (int64_t)r * l->out + o);
+        store(y + o, acc);
     }
+    for (; o < end; o++)
+        for (int r = 0; r < l->rank; r++) y[o] += low[r] * l->b[(int64_t)r * l->out + o];
+}
+
+/* The outputs `from` to `end` of a linear layer, for n tokens. */
+INLINE void linear(const Linear *l, const float *x, float *y, int n, int64_t from, int64_t end,
+                   const int add) {
+    if (from >= end) return;
+    if (l->half) product(l->weight, 1, l->in, from, end, l->out, x, y, n, add);
+    else product(l->weight, 0, l->in, from, end, l->out, x, y, n, add);
     for (int t = 0; t < n; t++) {
         float *row = y + (int64_t)t * l->out;
-        if (l->rank) product(l->a, 0, l->in, 0, l->rank, l->rank, x + (int64_t)t * l->in, low, 1);
-        for (int r = 0; r < l->rank; r++) {
-            const float *b = l->b + (int64_t)r * l->out;
-            float share = low[r] * l->scale;
-            for (int o = 0; o < l->out; o++) row[o] += share * b[o];
-        }
-        if (l->bias) for (int o = 0; o < l->out; o++) row[o] += l->bias[o];
+        if (l->rank) adapt(l, x + (int64_t)t * l->in, row, from, end);
+        if (l->bias) for (int64_t o = from; o < end; o++) row[o] += l->bias[o];
     }
 }
 
+/* Where the share of one thread begins, or that of the next one. */
+INLINE int64_t cut(int64_t size, const Share *s, int next) { return size * (s->part + next) / s->parts; }
+
 static void norm(const float *x, const float *weight, float *y, int size, float eps) {
-    f32x8 squares = {0};
-    for (int i = 0; i < size; i += 8) squares += load(x + i) * load(x + i);
-    float factor = 1.0f / sqrtf(sum(squares) / size + eps);
-    for (int i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
+    vec squares = {0};
+    float rest = 0.0f;
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) squares += load(x + i) * load(x + i);
+    for (; i < size; i++) rest += x[i] * x[i];
+    float factor = 1.0f / sqrtf((sum(squares) + rest) / size + eps);
+    for (i = 0; i < size; i++) y[i] = x[i] * factor * weight[i];
 }
 
-/* Rotary positions: each value pairs with the one half a head further on. */
-static void rotate(float *x, int heads, int dim, const float *cos, const float *sin) {
-    for (int h = 0; h < heads; h++, x += dim)
-        for (int i = 0; i < dim / 2; i++) {
-            float a = x[i], b = x[i + dim / 2];
-            x[i] = a * cos[i] - b * sin[i];
-            x[i + dim / 2] = b * cos[i] + a * sin[i];
+/* Every thread norms all n tokens for itself: cheaper than waiting for each other. */
+static const float *normed(const Model *m, const Scratch *c, const Share *s, const float *weight, int n) {
+    for (int t = 0; t < n; t++)
+        norm(c->x + (int64_t)t * m->hidden, weight, s->normed + (int64_t)t * m->hidden, m->hidden, m->eps);
+    return s->normed;
+}
+
+/* Rotary position of one head: each value pairs with the one half a head further on. */
+static void rotate(float *x, int dim, const float *cos, const float *sin) {
+    for (int i = 0; i < dim / 2; i++) {
+        float a = x[i], b = x[i + dim / 2];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + dim / 2] = b * cos[i] + a * sin[i];
+    }
+}
+
+/* Heads `from` to `end` of queries (kind 0), keys (1) or values (2); keys and values go to the cache. */
+static void heads(const Model *m, const Layer *l, const Linear *linear_of, float *y, const float *x, int n,
+                  int start, int from, int end, int kind) {
+    int dim = m->dim, half = dim / 2;
+    if (from >= end) return;
+    linear(linear_of, x, y, n, (int64_t)from * dim, (int64_t)end * dim, 0);
+    for (int t = 0; t < n; t++)
+        for (int h = from; h < end; h++) {
+            int64_t p = start + t, at = ((int64_t)h * m->context + p) * dim;
+            float *one = y + (int64_t)t * linear_of->out + h * dim;
+            if (kind < 2) rotate(one, dim, m->cos + p * half, m->sin + p * half);
+            if (kind > 0) memcpy((kind == 1 ? l->keys : l->values) + at, one, dim * sizeof(float));
         }
+}
+
+INLINE int within(int64_t place, int first, int size) {
+    return place < first ? 0 : place > first + size ? size : (int)(place - first);
+}
+
+/* Queries, keys and values side by side are m->heads + 2 * m->kv_heads heads to share. */
+static void project(const Model *m, const Layer *l, Scratch *c, const Share *s, int n, int start) {
+    const float *x = normed(m, c, s, l->attention_norm, n);
+    int num = m->heads + 2 * m->kv_heads, first = 0;
+    const Linear *which[3] = {&l->q, &l->k, &l->v};
+    float *to[3] = {c->q, c->k, c->v};
+    for (int kind = 0; kind < 3; kind++) {
+        int size = kind ? m->kv_heads : m->heads;
+        heads(m, l, which[kind], to[kind], x, n, start, within(cut(num, s, 0), first, size),
+              within(cut(num, s, 1), first, size), kind);
+        first += size;
+    }
+}
+
+/* Scores of positions 0 to `last` become shares; returns their sum. */
+static float softmax(float *scores, int last, float scale) {
+    float most = -INFINITY, total = 0.0f;
+    int p = 0;
+    for (; p <= last; p++) {
+        scores[p] *= scale;
+        if (scores[p] > most) most = scores[p];
+    }
+    vec totals = {0};
+    for (p = 0; p + LANES <= last + 1; p += LANES) {
+        vec share = exponential(load(scores + p) - most);
+        store(scores + p, share);
+        totals += share;
+    }
+    for (; p <= last; p++) total += scores[p] = expf(scores[p] - most);
+    return total + sum(totals);
 }
 
 /* One head of one token: mix the values of positions 0 to `last`. */
 static void attend(const float *q, const float *keys, const float *values, float *scores, float *mixed,
                    int last, int dim) {
-    float scale = 1.0f / sqrtf((float)dim), most = -INFINITY, total = 0.0f;
-    product(keys, 0, dim, 0, last + 1, last + 1, q, scores, 1);
-    for (int p = 0; p <= last; p++) {
-        scores[p] *= scale;
-        if (scores[p] > most) most = scores[p];
+    product(keys, 0, dim, 0, last + 1, last + 1, q, scores, 1, 0);
+    float total = softmax(scores, last, 1.0f / sqrtf((float)dim));
+    int i = 0;
+    for (; i + 2 * LANES <= dim; i += 2 * LANES) {
+        vec low = {0}, high = {0};
+        for (int p = 0; p <= last; p++) {
+            const float *value = values + (int64_t)p * dim + i;
+            low += scores[p] * load(value), high += scores[p] * load(value + LANES);
+        }
+        store(mixed + i, low / total), store(mixed + i + LANES, high / total);
     }
-    memset(mixed, 0, dim * sizeof(float));
-    for (int p = 0; p <= last; p++) {
-        float share = expf(scores[p] - most);
-        total += share;
-        for (int i = 0; i < dim; i++) mixed[i] += share * values[(int64_t)p * dim + i];
+    for (; i < dim; i++) {
+        float one = 0.0f;
+        for (int p = 0; p <= last; p++) one += scores[p] * values[(int64_t)p * dim + i];
+        mixed[i] = one / total;
     }
-    for (int i = 0; i < dim; i++) mixed[i] /= total;
 }
 
-typedef struct {
-    float *x, *y, *q, *k, *v, *mixed, *gate, *up, *scores;
-} Scratch;
+static void attention(const Model *m, const Layer *l, Scratch *c, const Share *s, int n, int start) {
+    int group = m->heads / m->kv_heads, dim = m->dim;
+    for (int64_t at = cut((int64_t)n * m->heads, s, 0); at < cut((int64_t)n * m->heads, s, 1); at++) {
+        int t = at / m->heads, h = at % m->heads;
+        int64_t cache = (int64_t)(h / group) * m->context * dim;
+        attend(c->q + at * dim, l->keys + cache, l->values + cache, s->scores, c->mixed + at * dim,
+               start + t, dim);
+    }
+}
 
-static void attention(const Model *m, const Layer *l, Scratch *s, int n, int start) {
-    int threads = m->threads, dim = m->dim, half = dim / 2, group = m->heads / m->kv_heads;
-    linear(&l->q, s->y, s->q, n, threads);
-    linear(&l->k, s->y, s->k, n, threads);
-    linear(&l->v, s->y, s->v, n, threads);
+static void silu(float *gate, const float *up, int64_t from, int64_t end) {
+    int64_t i = from;
+    for (; i + LANES <= end; i += LANES) {
+        vec g = load(gate + i);
+        store(gate + i, g / (1.0f + exponential(0.0f - g)) * load(up + i));
+    }
+    for (; i < end; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+
+static void widen(const Model *m, const Layer *l, Scratch *c, const Share *s, int n) {
+    const float *x = normed(m, c, s, l->mlp_norm, n);
+    int64_t from = cut(m->inner, s, 0), end = cut(m->inner, s, 1);
+    linear(&l->gate, x, c->gate, n, from, end, 0);
+    linear(&l->up, x, c->up, n, from, end, 0);
     for (int t = 0; t < n; t++) {
-        int64_t p = start + t;
-        float *q = s->q + (int64_t)t * m->heads * dim, *k = s->k + (int64_t)t * m->kv_heads * dim;
-        rotate(q, m->heads, dim, m->cos + p * half, m->sin + p * half);
-        rotate(k, m->kv_heads, dim, m->cos + p * half, m->sin + p * half);
-        for (int h = 0; h < m->kv_heads; h++) {
-            int64_t at = ((int64_t)h * m->context + p) * dim;
-            memcpy(l->keys + at, k + h * dim, dim * sizeof(float));
-            memcpy(l->values + at, s->v + ((int64_t)t * m->kv_heads + h) * dim, dim * sizeof(float));
-        }
+        int64_t row = (int64_t)t * m->inner;
+        silu(c->gate + row, c->up + row, from, end);
     }
-    for (int t = 0; t < n; t++)
-        for (int h = 0; h < m->heads; h++) {
-            int64_t row = ((int64_t)t * m->heads + h) * dim;
-            int64_t at = (int64_t)(h / group) * m->context * dim;
-            attend(s->q + row, l->keys + at, l->values + at, s->scores, s->mixed + row, start + t, dim);
-        }
-    linear(&l->o, s->mixed, s->y, n, threads);
 }
 
-static void mlp(const Layer *l, Scratch *s, int n, int threads) {
-    linear(&l->gate, s->y, s->gate, n, threads);
-    linear(&l->up, s->y, s->up, n, threads);
-    for (int64_t i = 0; i < (int64_t)n * l->gate.out; i++)
-        s->gate[i] = s->gate[i] / (1.0f + expf(-s->gate[i])) * s->up[i];
-    linear(&l->down, s->gate, s->y, n, threads);
-}
-
-static void block(const Model *m, Scratch *s, const int64_t *ids, int n, int start) {
-    int hidden = m->hidden;
+/* All layers for n tokens at positions `start` and on. */
+static void block(const Model *m, Scratch *c, const Share *s, const int64_t *ids, int n, int start) {
+    int64_t from = cut(m->hidden, s, 0), end = cut(m->hidden, s, 1);
     for (int t = 0; t < n; t++)
-        memcpy(s->x + (int64_t)t * hidden, m->embedding + ids[t] * hidden, hidden * sizeof(float));
+        memcpy(c->x + (int64_t)t * m->hidden + from, m->embedding + ids[t] * m->hidden + from,
+               (end - from) * sizeof(float));
     for (int i = 0; i < m->num_layers; i++) {
         const Layer *l = m->layers + i;
-        for (int t = 0; t < n; t++)
-            norm(s->x + (int64_t)t * hidden, l->attention_norm, s->y + (int64_t)t * hidden, hidden, m->eps);
-        attention(m, l, s, n, start);
-        for (int j = 0; j < n * hidden; j++) s->x[j] += s->y[j];
-        for (int t = 0; t < n; t++)
-            norm(s->x + (int64_t)t * hidden, l->mlp_norm, s->y + (int64_t)t * hidden, hidden, m->eps);
-        mlp(l, s, n, m->threads);
-        for (int j = 0; j < n * hidden; j++) s->x[j] += s->y[j];
+        MEET project(m, l, c, s, n, start);
+        MEET attention(m, l, c, s, n, start);
+        MEET linear(&l->o, c->mixed, c->x, n, from, end, 1);
+        MEET widen(m, l, c, s, n);
+        MEET linear(&l->down, c->gate, c->x, n, from, end, 1);
     }
+    MEET
 }
 
+static int64_t shared_size(const Model *m) {
+    return (int64_t)BLOCK * (m->hidden + 2 * m->heads * m->dim + 2 * m->kv_heads * m->dim + 2 * m->inner);
+}
+
+static int64_t own_size(const Model *m) { return (int64_t)BLOCK * m->hidden + m->context; }
+
 /* How many floats of scratch space `forward` needs. */
-int64_t scratch_size(const Model *m) {
-    int64_t per_token = 2 * m->hidden + 2 * m->heads * m->dim + 2 * m->kv_heads * m->dim + 2 * m->inner;
-    return BLOCK * per_token + m->context;
+int64_t scratch_size(const Model *m) { return shared_size(m) + m->threads * own_size(m); }
+
+static Scratch lay_out(const Model *m) {
+    int64_t wide = (int64_t)BLOCK * m->heads * m->dim, narrow = (int64_t)BLOCK * m->kv_heads * m->dim;
+    Scratch c = {.x = m->scratch};
+    c.q = c.x + (int64_t)BLOCK * m->hidden;
+    c.mixed = c.q + wide;
+    c.k = c.mixed + wide;
+    c.v = c.k + narrow;
+    c.gate = c.v + narrow;
+    c.up = c.gate + (int64_t)BLOCK * m->inner;
+    return c;
+}
+
+static void walk(const Model *m, Share *s, const int64_t *ids, int n, int start, float *logits) {
+    Scratch c = lay_out(m);
+    s->normed = m->scratch + shared_size(m) + s->part * own_size(m);
+    s->scores = s->normed + (int64_t)BLOCK * m->hidden;
+    int size = 0;
+    for (int done = 0; done < n; done += size) {
+        size = n - done < BLOCK ? n - done : BLOCK;
+        block(m, &c, s, ids + done, size, start + done);
+    }
+    norm(c.x + (int64_t)(size - 1) * m->hidden, m->norm, s->normed, m->hidden, m->eps);
+    linear(&m->head, s->normed, logits, 1, cut(m->head.out, s, 0), cut(m->head.out, s, 1), 0);
 }
 
 /* Take in n ids at positions `start` and on; logits (V) after the last of them. */
 void forward(const Model *m, const int64_t *ids, int32_t n, int32_t start, float *logits) {
-    Scratch s;
-    float *next = m->scratch;
-    int64_t wide = (int64_t)BLOCK * m->heads * m->dim, narrow = (int64_t)BLOCK * m->kv_heads * m->dim;
-    s.x = next, next += BLOCK * m->hidden;
-    s.y = next, next += BLOCK * m->hidden;
-    s.q = next, next += wide;
-    s.mixed = next, next += wide;
-    s.k = next, next += narrow;
-    s.v = next, next += narrow;
-    s.gate = next, next += BLOCK * m->inner;
-    s.up = next, next += BLOCK * m->inner;
-    s.scores = next;
-    int size = 0;
-    for (int done = 0; done < n; done += size) {
-        size = n - done < BLOCK ? n - done : BLOCK;
-        block(m, &s, ids + done, size, start + done);
+    int parts = (int64_t)m->hidden * m->inner < WORTH_SHARING ? 1 : m->threads;
+#pragma omp parallel num_threads(parts)
+    {
+        Share s = {.part = 0, .parts = 1};
+#ifdef _OPENMP
+        s.part = omp_get_thread_num(), s.parts = omp_get_num_threads();
+#endif
+        walk(m, &s, ids, n, start, logits);
     }
-    norm(s.x + (int64_t)(size - 1) * m->hidden, m->norm, s.y, m->hidden, m->eps);
-    linear(&m->head, s.y, logits, 1, m->threads);
 }
