@@ -162,8 +162,9 @@ choose_precision() {
     DTYPE=""
     if [[ $PRECISION == auto ]]; then
         [[ " $words" != *" --torch_dtype"* ]] || return 0 # chosen on the command line
+        [[ $DEVICE_FOUND != cpu ]] || return 0 # depends on the base: the program says what it takes
         chosen=fp32
-        ((TORCH_BF16 == 0)) || [[ $DEVICE_FOUND == cpu ]] || chosen=bf16
+        ((TORCH_BF16 == 0)) || chosen=bf16
     fi
     [[ $chosen != fp16 || $DEVICE_FOUND == cuda ]] || fail "PRECISION=fp16 needs a GPU; a CPU takes fp32 or bf16"
     case $chosen in
@@ -172,7 +173,7 @@ choose_precision() {
     fp32) DTYPE=float32 ;;
     esac
     WHY+=", base in $DTYPE"
-    [[ $DEVICE_FOUND == cpu || $chosen != fp32 || $PRECISION != auto ]] || WHY+=" (this GPU has no bf16)"
+    [[ $chosen != fp32 || $PRECISION != auto ]] || WHY+=" (this GPU has no bf16)"
 }
 
 build_command() {

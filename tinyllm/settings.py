@@ -40,7 +40,8 @@ class BaseSettings(BaseSourceSettings):
     torch_dtype: str = setting(
         "auto",
         "Precision of the base's weights: auto, float32, bfloat16 or float16. auto is bfloat16 on a "
-        "GPU that has it, else float32. LoRA weights are always float32.",
+        "GPU that has it, and on a CPU that multiplies it in hardware if the base is stored in it; else "
+        "float32. LoRA weights are always float32.",
     )
     attn_implementation: str = setting(
         "auto", "Attention of transformers: auto, sdpa, eager, flash_attention_2, ..."

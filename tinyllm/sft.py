@@ -11,7 +11,7 @@ from tinyllm import data as data_stage
 from tinyllm import ranks, run_folder
 from tinyllm.adapter import own_tokenizer, read_adapter
 from tinyllm.advice import advice, facts_of
-from tinyllm.base import context_length, load_base, pick_dtype, resolve_base
+from tinyllm.base import context_length, load_base, resolve_base
 from tinyllm.base_record import verify_base
 from tinyllm.chat_format import chat_format_of, has_own_template
 from tinyllm.data import Data
@@ -25,6 +25,7 @@ from tinyllm.lora_start import keep_start
 from tinyllm.memory import peak_bytes
 from tinyllm.plan import describe as describe_plan
 from tinyllm.plan import leaving_no_folder, make_plan
+from tinyllm.precision import choose_dtype
 from tinyllm.preview import marks_for, preview
 from tinyllm.progress import EvaluateBefore
 from tinyllm.qlora import check_quantisation, prepare_quantised, quantisation_config
@@ -86,7 +87,7 @@ def load_model(settings: Settings):
     )
     check_code(base, settings.output_dir, say)
     attention = None if base.attn_implementation == "auto" else base.attn_implementation
-    dtype = weights_dtype(settings)
+    dtype = choose_dtype(settings, say)
     model, tokenizer = load_base(
         base.base_model_path, dtype, attn_implementation=attention,
         trust_remote_code=base.trust_remote_code,
@@ -100,25 +101,6 @@ def load_model(settings: Settings):
     size = sum(num_elements(parameter) for parameter in model.parameters())
     say(f"base: {base.base_model_path}, {size:,} parameters, {dtype}")
     return model, tokenizer, chat_format
-
-
-def weights_dtype(settings: Settings) -> torch.dtype:
-    """Precision of the base's weights.
-
-    Raises:
-        UserError: 16 bits are asked for where a start is taken off the weights.
-    """
-    name, lora = settings.base.torch_dtype, settings.lora
-    if not lora.use_lora:
-        return torch.float32  # trained weights are kept in full precision
-    if not lora.moves_base_weights:
-        return pick_dtype(name, settings.training.device)
-    if name in ("bfloat16", "float16"):
-        raise UserError(
-            f"--torch_dtype {name} with --init_lora_weights {lora.init_lora_weights}: what that start "
-            "leaves of the base would be rounded, and the adapter not fit the base; use float32"
-        )
-    return torch.float32
 
 
 def check_distribution(settings: Settings) -> None:
