@@ -53,7 +53,7 @@ class Pair:
         from tinyllm.decode.pick import EngineMaker
 
         lora, self.tokenizer = load_adapter_on_base(base, adapter, "cpu", "float32")
-        self.model = merge(copy.deepcopy(lora))
+        self.model, self.lora = merge(copy.deepcopy(lora)), lora
         self.chat_format = chat_format_of(self.tokenizer)
         self.engine = EngineMaker(lora, "fast", kernel.load).engine("default")
         questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
@@ -83,6 +83,19 @@ class Pair:
         return output[0, len(prompt) :].tolist()
 
 
+def megabytes(model) -> float:
+    """Weights that a pass over the model reads: bfloat16 where that is exact, as the engine has them."""
+    import torch
+
+    total = 0
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            weight = layer.weight
+            exact = weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight)
+            total += weight.numel() * (2 if exact else 4)
+    return total / 1e6
+
+
 def seconds(do: Callable[[], object]) -> float:
     started = time.perf_counter()
     do()
@@ -108,6 +121,8 @@ def measure_decode(pair: Pair, repeats: int, num_tokens: int) -> None:
         "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
     }
     print(f"decode, {num_tokens} tokens each; engine {pair.engine.why}")
+    ours, theirs = megabytes(pair.lora), megabytes(pair.model)
+    print(f"  a token reads {ours:.1f} MB of weights here, {theirs:.1f} MB in generate")
     for kind, options in kinds.items():
         endless = pair.config(num_tokens, **options)
         endless.eos_token_id = None
@@ -127,7 +142,9 @@ def measure_decode(pair: Pair, repeats: int, num_tokens: int) -> None:
         print(
             f"  {kind:32} fast {num_tokens / taken['fast']:6.0f} tokens/s   generate "
             f"{num_tokens / taken['generate']:6.0f}   ratio {taken['generate'] / taken['fast']:5.2f}   "
-            f"same ids in {same} of {len(asked)} replies",
+            f"same ids in {same} of {len(asked)} replies   "
+            f"{ours * num_tokens / taken['fast'] / 1e3:.0f} and "
+            f"{theirs * num_tokens / taken['generate'] / 1e3:.0f} GB/s",
             flush=True,
         )
 

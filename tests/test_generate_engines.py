@@ -14,6 +14,7 @@ from tinyllm.decode.choice import TopKTopP, unsupported_options
 from tinyllm.decode.fast import FastEngine
 from tinyllm.decode.pick import EngineMaker
 from tinyllm.decode.plain import PlainEngine
+from tinyllm.decode.side_by_side import num_shared
 from tinyllm.decode.weights import unsupported
 from tinyllm.errors import UserError
 
@@ -158,7 +159,8 @@ def test_an_interrupt_leaves_the_cache_right(library):
 
 @pytest.mark.parametrize("kind", ["fast", "generate"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_many_at_once_are_as_one_by_one(kind, penalty, monkeypatch):
+@pytest.mark.parametrize("shared", [[], [44, 9, 71, 5, 5]])
+def test_many_at_once_are_as_one_by_one(kind, penalty, shared, monkeypatch):
     monkeypatch.setattr("tinyllm.decode.side_by_side.MAX_ROWS", 3)  # rows are used again
     monkeypatch.setattr("tinyllm.decode.plain.ROWS", 3)
     model = make_lora()
@@ -166,12 +168,18 @@ def test_many_at_once_are_as_one_by_one(kind, penalty, monkeypatch):
         **GREEDY | {"eos_token_id": list(range(1, 60))}, repetition_penalty=penalty
     )
     engine = EngineMaker(model, kind).engine("default")
-    prompts = [[*p, i] for i, p in enumerate(PROMPTS * 3)]
+    prompts = [[*shared, *p, i] for i, p in enumerate(PROMPTS * 3)]
     found: dict = {}
     engine.write_many(prompts, config, found.__setitem__)
     plain = EngineMaker(model, "generate").engine("default")
     assert found == {i: plain.write(p, config) for i, p in enumerate(prompts)}
     assert len({len(ids) for ids in found.values()}) > 2
+
+
+def test_what_all_prompts_begin_with():
+    assert num_shared([[1, 2, 3], [1, 2, 9, 4], [1, 2, 3, 5]]) == 2
+    assert num_shared([[1, 2], [1, 2]]) == 1 and num_shared([[4]]) == 0
+    assert num_shared([[1, 2, 3], [1, 2]]) == 1 and num_shared([[5, 1], [6, 1]]) == 0
 
 
 def test_many_at_once_sample_by_their_own_seeds():

@@ -48,8 +48,14 @@ class Decoder:
             x = self._after_attention(layer, x, mixed[0].transpose(0, 1).reshape(len(ids), -1))
         return self._logits(x[-1:])
 
-    def read_many(self, prompts: list[list[int]], rows: list[int]) -> torch.Tensor:
-        """Take in a whole prompt for each of some rows.
+    def share(self, ids: list[int]) -> None:
+        """Let every row begin with the same ids: they are taken in once."""
+        self.read(ids)
+        for states in (*self.keys, *self.values):
+            states[:, :, : len(ids)] = states[:1, :, : len(ids)]
+
+    def read_many(self, prompts: list[list[int]], rows: list[int], start: int = 0) -> torch.Tensor:
+        """Take in what follows position ``start`` of a prompt, for each of some rows.
 
         Shorter prompts are filled up behind their end: nothing before it looks there, and what is
         written there is overwritten before anything does.
@@ -57,19 +63,23 @@ class Decoder:
         Returns:
             The logits after each prompt, ``(len(rows), V)``.
         """
-        w, longest = self.weights, max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+        w, end = self.weights, start + max(map(len, prompts))
+        ids = torch.tensor([prompt + [0] * (end - start - len(prompt)) for prompt in prompts])
         x = F.embedding(ids.reshape(-1), w.embedding)
-        rotation = w.rotation[:longest, None].repeat(len(rows), 1, 1)
+        rotation = w.rotation[start:end, None].repeat(len(rows), 1, 1)
+        mask = _causal(start, end)
         for layer, keys, values in zip(w.layers, self.keys, self.values, strict=True):
             q, k, v = (
                 part.unflatten(0, ids.shape).transpose(1, 2)
                 for part in self._project(layer, x, rotation)
             )
-            keys[rows, :, :longest], values[rows, :, :longest] = k, v
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=longest > 1, enable_gqa=True)
+            keys[rows, :, start:end], values[rows, :, start:end] = k, v
+            mixed = F.scaled_dot_product_attention(
+                q, keys[rows, :, :end], values[rows, :, :end], attn_mask=mask, enable_gqa=True
+            )
             x = self._after_attention(layer, x, mixed.transpose(1, 2).reshape(len(x), -1))
-        ends = torch.tensor([at * longest + len(prompt) - 1 for at, prompt in enumerate(prompts)])
+        width = end - start
+        ends = torch.tensor([at * width + len(prompt) - 1 for at, prompt in enumerate(prompts)])
         return self._logits(x[ends])
 
     def keep_rows(self, rows: list[int]) -> None:

@@ -1,9 +1,12 @@
-"""Many prompts answered together: a row that ends makes room for the next prompt at once."""
+"""Many prompts answered together: what all begin with is read once, and a row that ends makes room for
+the next prompt at once.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import takewhile
 
 import torch
 from transformers import GenerationConfig
@@ -38,6 +41,9 @@ class SideBySide:
         context = max(map(len, self.prompts)) + self.most
         self.decoder = self.make_rows(min(MAX_ROWS, len(self.prompts)), context)
         num_rows = len(self.decoder.rows)
+        self.num_shared = num_shared(self.prompts)  # a system prompt, mostly
+        if self.num_shared:
+            self.decoder.share(self.prompts[0][: self.num_shared])
         self.ids = torch.zeros(num_rows, context, dtype=torch.long)
         self.lengths = [0] * num_rows
         self.owners: list[int | None] = [None] * num_rows
@@ -54,7 +60,8 @@ class SideBySide:
         while self.waiting and len(free) * WORTH_A_PASS >= len(self.owners):
             rows = free[: len(self.waiting)]
             prompts = [self._start(row, self.waiting.popleft()) for row in rows]
-            logits = self.decoder.read_many(prompts, rows)
+            rest = [prompt[self.num_shared :] for prompt in prompts]
+            logits = self.decoder.read_many(rest, rows, self.num_shared)
             drawn = None if self.seeds is None else [self.generators[row] for row in rows]
             longest = max(map(len, prompts))
             for row, one in zip(
@@ -103,3 +110,10 @@ class SideBySide:
         self.ids = self.ids[busy]
         for name in ("lengths", "owners", "generators"):
             setattr(self, name, [getattr(self, name)[row] for row in busy])
+
+
+def num_shared(prompts: list[list[int]]) -> int:
+    """How many first ids all prompts have in common; each keeps at least one of its own."""
+    first, last = min(prompts), max(prompts)  # in order, these two differ the earliest
+    same = (a == b for a, b in zip(first, last, strict=False))
+    return min(sum(takewhile(bool, same)), min(map(len, prompts)) - 1)
