@@ -1,4 +1,4 @@
-"""Choices of the pretraining at equal time: vocabulary, depth against width, optimizer, text.
+"""Choices of the pretraining at equal time: vocabulary, depth against width, optimizer, text, speed.
 
     python -m benchmarks.pretrain_choices --minutes 5               every row, one after the other
     python -m benchmarks.pretrain_choices --minutes 5 vocab_4k wide only these
@@ -38,6 +38,7 @@ CHOICES = {
     "adamw": {"optimizer": "adamw", "adamw_lr": 0.002},
     "adamw_low": {"optimizer": "adamw", "adamw_lr": 0.0008},
     "muon_high": {"muon_lr": 0.02, "adamw_lr": 0.003},
+    "not_compiled": {"compile": "off"},
     "no_decay": {"decay_share": 0.0},
     "own_only": {"weights": OWN_ONLY},
     "even": {"weights": EVEN},

@@ -1,7 +1,8 @@
 """Decoder layers compiled for a CPU: what the PyTorch compiler fuses is a third of a step.
 
 Attention is then the plain one (`eager`): at rows of 512 its products in bfloat16 take less time
-than the backward pass of PyTorch's CPU kernel. `benchmarks/pretrain_speed.py` measures both.
+than the backward pass of PyTorch's CPU kernel. `python -m benchmarks.pretrain_choices --minutes 1
+shipped not_compiled` measures both.
 """
 
 import logging
