@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, chat_format_of
-from tinyllm.errors import run_program
+from tinyllm.errors import UserError, run_program
 
 QUESTIONS = Path(__file__).with_name("first_chat.jsonl")
 MAX_NEW_TOKENS = 200
@@ -73,11 +73,46 @@ def table(answered: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def as_lines(answered: list[dict]) -> str:
+    """One JSON object per reply."""
+    return "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answered)
+
+
+def as_markdown(answered: list[dict]) -> str:
+    """The counts, then every question and reply; a mark says whether it counts as right."""
+    rows = [
+        f"| {a['kind']} | {a['question']} | {a['reply'].replace('|', '/')} | "
+        f"{'yes' if a['right'] else 'no'} |".replace("\n", " ")
+        for a in answered
+    ]
+    head = ["| kind | question | reply | right |", "|---|---|---|---|"]
+    return "\n".join(["```", table(answered), "```", "", *head, *rows]) + "\n"
+
+
+def read_questions(kinds: str | None) -> list[dict]:
+    """The questions, all of them or those of some kinds.
+
+    Raises:
+        UserError: a kind that none of them is of.
+    """
+    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line) for line in lines]
+    if kinds is None:
+        return questions
+    known, chosen = {q["kind"] for q in questions}, set(kinds.split(","))
+    if unknown := chosen - known:
+        raise UserError(f"--kinds {min(unknown)}: expected some of {', '.join(sorted(known))}")
+    return [q for q in questions if q["kind"] in chosen]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base_model", required=True)
     parser.add_argument("--lora_model", help="without it the base alone is asked")
-    parser.add_argument("--transcript", help="write questions and replies to this .jsonl file")
+    parser.add_argument(
+        "--transcript", help="write questions and replies to this file: .jsonl, or .md"
+    )
+    parser.add_argument("--kinds", help="only these, separated by commas, as identity,greeting")
     args = parser.parse_args()
     from tinyllm.quiet import quiet_libraries
 
@@ -90,11 +125,10 @@ def main() -> int:
         from tinyllm.base import load_base
 
         model, tokenizer = load_base(args.base_model)
-    questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
-    answered = ask(model, tokenizer, questions)
+    answered = ask(model, tokenizer, read_questions(args.kinds))
     if args.transcript:
-        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answered]
-        Path(args.transcript).write_text("".join(lines), encoding="utf-8")
+        write = as_markdown if args.transcript.endswith(".md") else as_lines
+        Path(args.transcript).write_text(write(answered), encoding="utf-8")
     print(table(answered))
     return 0
 

@@ -10,6 +10,7 @@ Bits per character are on held-out text, lower is better. Needs the corpus that
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -56,6 +57,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def mark(name: str, minutes: float, work: Path) -> str:
+    """Part of a hash of all that decides a row: recipe, changes, time and text."""
+    digest = json.loads((work / "corpus/counts.json").read_text(encoding="utf-8"))["digest"]
+    recipe = Path(CONFIG).read_text(encoding="utf-8")
+    parts = json.dumps([recipe, CHOICES[name], minutes, digest], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()[:8]
+
+
 def train(name: str, minutes: float, work: Path, folder: Path) -> None:
     """One row in its own folder, with the corpus that is there; what is finished stays."""
     if (folder / "model").exists():
@@ -63,7 +72,8 @@ def train(name: str, minutes: float, work: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("sources", "corpus"):
         if not (folder / part).exists():
-            shutil.copytree(work / part, folder / part, copy_function=shutil.copy)
+            shutil.copytree(work / part, folder / f"{part}.tmp", dirs_exist_ok=True)
+            (folder / f"{part}.tmp").rename(folder / part)
     arguments = [f"--{key}={value}" for key, value in CHOICES[name].items()]
     command = [
         sys.executable, "-m", "tinyllm.pretrain", "--config", CONFIG, "--work", str(folder),
@@ -85,7 +95,8 @@ def result(name: str, folder: Path) -> str:
     sizes = json.loads((folder / "model/config.json").read_text(encoding="utf-8"))
     shape = f"{sizes['hidden_size']} x {sizes['num_hidden_layers']}, {sizes['vocab_size']}"
     cells = [name, shape, f"{last['step']}", f"{last['tokens'] / 1e6:.2f}M"]
-    return "| " + " | ".join(cells + [f"{bits[source]:.3f}" for source in SHOWN.values()]) + " |"
+    shown = [f"{bits[source]:.3f}" if source in bits else "–" for source in SHOWN.values()]
+    return "| " + " | ".join(cells + shown) + " |"
 
 
 def main() -> None:
@@ -95,12 +106,12 @@ def main() -> None:
     names = arguments.names or list(CHOICES)
     if unknown := [name for name in names if name not in CHOICES]:
         raise UserError(f"no such row: {', '.join(unknown)}; choose of {', '.join(CHOICES)}")
-    if not (work / "corpus/train.jsonl").exists():
+    if not ((work / "corpus/counts.json").exists() and (work / "sources").exists()):
         raise UserError(f"{work} holds no corpus: run ./script/ptm_tiny_llm.sh first")
     table = ["| row | width x layers, vocabulary | steps | tokens | " + " | ".join(SHOWN) + " |"]
     table.append("|---|---|---|---|" + "---|" * len(SHOWN))
     for name in names:
-        folder = results / f"{name}_{arguments.minutes:g}min"
+        folder = results / f"{name}-{mark(name, arguments.minutes, work)}"
         train(name, arguments.minutes, work, folder)
         table.append(result(name, folder))
         print(table[-1], flush=True)

@@ -104,7 +104,7 @@ FAMILIES = (OURS, TRL, RECIPE)
 # head on supervised positions alone, in chunks); its defaults gradient_checkpointing and bf16, which
 # cost time on a CPU; group_by_length, which changes the order of the rows.
 CANDIDATES = [
-    Candidate(OURS, "ours", "defaults", "float32"),
+    Candidate(OURS, "ours", "fp32 base", "float32", {"words": ["--torch_dtype", "float32"]}),
     Candidate(OURS, "ours", "bf16 base", "bfloat16", {"words": ["--torch_dtype", "bfloat16"]}),
     Candidate(TRL, "trl", "fp32", "float32"),
     Candidate(TRL, "trl", "fp32, padding_free", "float32", {"config": FREE}),

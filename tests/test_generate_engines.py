@@ -12,8 +12,10 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from tinyllm.decode import kernel
 from tinyllm.decode.choice import TopKTopP, unsupported_options
 from tinyllm.decode.fast import FastEngine
+from tinyllm.decode.halves import Halves
 from tinyllm.decode.pick import EngineMaker
 from tinyllm.decode.plain import PlainEngine
+from tinyllm.decode.row import RowDecoder
 from tinyllm.decode.side_by_side import num_shared
 from tinyllm.decode.weights import unsupported
 from tinyllm.errors import UserError
@@ -68,6 +70,46 @@ MODELS = {
     "odd sizes": lambda: make_model(hidden_size=40, intermediate_size=50).bfloat16().float(),
     "biases": make_qwen2,
 }
+
+
+WIDE = {  # wide enough for several threads; (hidden, inner, heads, key/value heads, vocabulary)
+    "even": (256, 300, 4, 2, 480),
+    "one key head, odd sizes": (264, 257, 3, 1, 480),
+    "no groups": (320, 512, 5, 5, 480),
+    "narrow, large vocabulary": (64, 172, 4, 2, 8192),
+}
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_work(name, threads, library, restored_threads):
+    hidden, inner, heads, kv_heads, vocab = WIDE[name]
+    model = make_model(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, initializer_range=0.05,
+    ).bfloat16().float()  # fmt: skip
+    model = get_peft_model(model, LoraConfig(r=5, target_modules="all-linear")).eval()
+    for parameter_name, weight in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(weight, std=0.1)
+    ids = [(7 + 31 * at) % vocab for at in range(90)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+        torch.set_num_threads(threads)
+        reader = RowDecoder(
+            library, model.base_model.model, "default", Halves(library.lanes()), 128
+        )
+        assert reader.model.threads == threads
+        for start, end in ((0, 50), (50, 53), (53, 54), (54, 90)):
+            found = reader.read(ids[start:end], start)[0]
+            torch.testing.assert_close(found, expected[end - 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -46,6 +46,39 @@ def test_what_auto_takes_on_a_cpu(
     assert precision.weights_dtype(parse_settings(arguments)[0]) == expected
 
 
+def test_a_missing_base_is_still_said_plainly(data_file, tmp_path):
+    with pytest.raises(UserError, match="no such base folder"):
+        sft_lora.main(train_arguments(tmp_path / "nowhere", data_file, tmp_path / "run"))
+
+
+def test_weights_in_float32_under_a_bfloat16_configuration_are_not_rounded(half_base, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(half_base, folder)
+    assert precision.is_stored_in_bfloat16(folder)
+    config = (folder / "config.json").read_bytes()
+    make_model().save_pretrained(folder)
+    (folder / "config.json").write_bytes(config)
+    assert not precision.is_stored_in_bfloat16(folder)
+
+
+def test_a_run_recorded_as_auto_was_in_float32(
+    base_folder, half_base, data_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: False)
+    output = tmp_path / "run"
+    words = train_arguments(half_base, data_file, output, "--max_steps", "2")
+    assert sft_lora.main(words) == 0
+    content = json.loads((output / RUN_FILE).read_text())
+    assert content["identity"]["settings"]["torch_dtype"] == "float32"
+    content["identity"]["settings"]["torch_dtype"] = "auto"  # as older versions wrote it
+    (output / RUN_FILE).write_text(json.dumps(content))
+    assert sft_lora.main(words) == 0  # nothing to do
+    monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda: True)
+    with pytest.raises(UserError, match="torch_dtype was float32, is now bfloat16"):
+        sft_lora.main(words)
+    assert sft_lora.main([*words, "--torch_dtype", "float32"]) == 0
+
+
 def test_a_run_in_bfloat16_is_not_resumed_in_float32(half_base, data_file, tmp_path, monkeypatch):
     output = tmp_path / "run"
     words = train_arguments(half_base, data_file, output, "--save_strategy", "steps",

@@ -10,6 +10,7 @@ from tinyllm import checkpoint
 from tinyllm.base import read_json
 from tinyllm.errors import UserError
 from tinyllm.json_lines import read_lines, write_lines
+from tinyllm.precision import same_name
 from tinyllm.run_folder import difference
 from tinyllm.settings import BaseSettings, DataSettings, LoraSettings, RunSettings
 
@@ -105,6 +106,8 @@ def flat(identity: dict) -> dict:
     for name, value in identity.items():
         if isinstance(value, dict):
             prefix = "" if name == "settings" else f"{name} "
+            if name == "settings":
+                value = same_name(value, identity.get("device", ""))
             out |= {f"{prefix}{key}": inner for key, inner in value.items()}
         else:
             out[name] = value

@@ -11,7 +11,7 @@ from tinyllm import data as data_stage
 from tinyllm import ranks, run_folder
 from tinyllm.adapter import own_tokenizer, read_adapter
 from tinyllm.advice import advice, facts_of
-from tinyllm.base import context_length, load_base, resolve_base
+from tinyllm.base import check_base_folder, context_length, load_base, resolve_base
 from tinyllm.base_record import verify_base
 from tinyllm.chat_format import chat_format_of, has_own_template
 from tinyllm.data import Data
@@ -85,6 +85,7 @@ def load_model(settings: Settings):
     base.base_model_path = ranks.in_turns(
         lambda: resolve_base(base.base_model_path, base.accept_license, say)
     )
+    check_base_folder(base.base_model_path)
     check_code(base, settings.output_dir, say)
     attention = None if base.attn_implementation == "auto" else base.attn_implementation
     dtype = choose_dtype(settings, say)

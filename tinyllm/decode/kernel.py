@@ -1,6 +1,6 @@
 """Compiles ``row.c`` with the machine's own C compiler, once, and keeps the result.
 
-Without a compiler everything still works, by torch calls alone (``llama.py``), at about half the speed.
+Without a compiler everything still works, by torch calls alone (``llama.py``), slower.
 """
 
 from __future__ import annotations

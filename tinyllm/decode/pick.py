@@ -18,7 +18,7 @@ from tinyllm.decode.weights import lay_out, unsupported
 from tinyllm.errors import UserError
 
 ENGINES = ("auto", "fast", "generate")
-PROBE_LENGTH = 12
+PROBE_LENGTH = 40  # more than the lanes of any processor
 CACHE_BYTES = 512 * 1024**2  # keys and values of all rows together
 TOLERANCE = 1e-3  # of the largest logit; a wrong weight is off by more than a tenth
 
@@ -80,7 +80,7 @@ class EngineMaker:
         how = (
             "compiled"
             if compiled
-            else "by torch calls: no C compiler, or a rank it has no room for"
+            else "by torch calls: no C compiler that takes row.c, or a rank it has no room for"
         )
         return FastEngine(make_row, make_rows, config.max_position_embeddings, how)
 

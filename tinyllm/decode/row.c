@@ -261,7 +261,8 @@ static void walk(const Model *m, Share *s, const int64_t *ids, int n, int start,
 
 /* Take in n ids at positions `start` and on; logits (V) after the last of them. */
 void forward(const Model *m, const int64_t *ids, int32_t n, int32_t start, float *logits) {
-    int parts = (int64_t)m->hidden * m->inner < WORTH_SHARING ? 1 : m->threads;
+    int64_t inside = (int64_t)m->hidden * m->inner, head = (int64_t)m->head.in * m->head.out;
+    int parts = inside < WORTH_SHARING && head < 4 * WORTH_SHARING ? 1 : m->threads;
 #pragma omp parallel num_threads(parts)
     {
         Share s = {.part = 0, .parts = 1};

@@ -45,8 +45,10 @@ INLINE vec choose(whole mask, vec a, vec b) {
 INLINE vec exponential(vec x) {
     x = choose(x < -87.0f, (vec){0} - 87.0f, choose(x > 88.0f, (vec){0} + 88.0f, x));
     vec turns = x * 1.44269504f, half = choose(turns < 0.0f, (vec){0} - 0.5f, (vec){0} + 0.5f);
-    whole n = __builtin_convertvector(turns + half, whole);
-    vec r = x - __builtin_convertvector(n, vec) * 0.69314718f;
+    whole n;
+    vec turned; /* lane by lane: __builtin_convertvector is younger than many a GCC */
+    for (int i = 0; i < LANES; i++) n[i] = (int32_t)(turns[i] + half[i]), turned[i] = (float)n[i];
+    vec r = x - turned * 0.69314718f;
     vec series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r / 720)))));
     return series * (vec)((n + 127) << 23);
 }

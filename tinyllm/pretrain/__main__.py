@@ -52,7 +52,7 @@ def facts_of(run: Run, counts: dict) -> dict:
         "kv_heads": config.num_key_value_heads, "length": run.settings.max_length,
         "steps": run.progress.step, "tokens": run.progress.tokens,
         "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
-        "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
+        "optimizer": run.settings.optimizer, "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
     }  # fmt: skip
 
 

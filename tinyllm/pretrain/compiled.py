@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import LlamaForCausalLM
 
 from tinyllm.errors import UserError
+from tinyllm.native_bf16 import cpu_multiplies_bf16
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ def compiler_fault() -> str:
     probe = torch.compile(lambda x: x.sin() + 1)
     try:
         probe(torch.ones(8))
-    except (BackendCompilerFailed, RuntimeError) as error:
-        return str(error).strip().splitlines()[0]
+    except (BackendCompilerFailed, RuntimeError, OSError) as error:
+        return f"{error}".strip().split("\n")[0] or type(error).__name__
     return ""
 
 
@@ -36,9 +37,8 @@ def compile_layers(model: LlamaForCausalLM, choice: str, precision: str) -> bool
     Raises:
         UserError: `on`, and there is no working compiler.
     """
-    wanted = choice == "on" or (
-        choice == "auto" and precision == "bf16" and not torch.cuda.is_available()
-    )
+    suits = precision == "bf16" and cpu_multiplies_bf16() and not torch.cuda.is_available()
+    wanted = choice == "on" or (choice == "auto" and suits)
     if not wanted:
         return False
     if fault := compiler_fault():

@@ -14,6 +14,11 @@ LICENCES["chat"] = (
     "questions and answers of `data/pretrain/` once more, in the chat format",
 )
 
+OPTIMIZERS = {
+    "muon": "Muon on the matrices inside the layers, AdamW on the rest",
+    "adamw": "AdamW",
+}
+
 
 def source_rows(facts: dict) -> str:
     """One table row per text, the most seen first."""
@@ -64,7 +69,7 @@ held out. None of the fetched text is part of this folder.
 ## Training
 
 {facts["steps"]:,} optimizer steps, {facts["tokens"] / 1e6:.2f}M tokens in rows of {facts["length"]}, \
-{facts["seconds"] / 60:.0f} minutes; Muon on the matrices inside the layers, AdamW on the rest; \
+{facts["seconds"] / 60:.0f} minutes; {OPTIMIZERS[facts["optimizer"]]}; \
 warm-up, stable rate, linear decay.
 
 ## Results

@@ -76,12 +76,12 @@ def build_optimizers(model: nn.Module, settings: Settings, bf16: bool) -> list[O
     """[Muon for the matrices inside the layers, AdamW for embeddings and norms], or AdamW alone."""
     named = list(model.named_parameters())
     matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-    if settings.optimizer == "adamw":
-        matrices = []
     chosen = set(matrices)
-    others = [p for _, p in named if p not in chosen]
-    adamw = torch.optim.AdamW(others, lr=settings.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    if not matrices:
+    groups = [{"params": [p for _, p in named if p not in chosen], "weight_decay": 0.0}]
+    if alone := settings.optimizer == "adamw":
+        groups.append({"params": matrices, "weight_decay": settings.weight_decay})
+    adamw = torch.optim.AdamW(groups, lr=settings.adamw_lr, betas=(0.9, 0.95))
+    if alone:
         return [adamw]
     dtype = torch.bfloat16 if bf16 else torch.float32
     return [

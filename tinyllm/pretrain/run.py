@@ -83,7 +83,8 @@ class Run:
         self.seen: dict[str, int] = {}
         self.stream = self.new_stream()
         self.model: LlamaForCausalLM = build_model(settings, settings.seed)
-        self.compiled = compile_layers(self.model, settings.compile, self.precision)
+        choice = "off" if settings.stage == "export" else settings.compile
+        self.compiled = compile_layers(self.model, choice, self.precision)
         self.loss = self.accelerator.prepare(PackedLoss(self.model))
         self.optimizers = build_optimizers(self.model, settings, self.precision == "bf16")
         self.rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
@@ -105,6 +106,7 @@ class Run:
             "corpus": self.corpus_digest,
             "weights": self.settings.weights,
             "precision": self.precision,
+            "optimizer": self.settings.optimizer,
             "seen": self.seen,
         }
 
@@ -117,12 +119,14 @@ class Run:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: exactly, or with a new stream when the text is another."""
         state = checkpoint.load(path)
+        if (before := state.get("optimizer", "muon")) != self.settings.optimizer:
+            raise UserError(
+                f"{path} was trained with --optimizer {before}, not {self.settings.optimizer}: go on "
+                "with that one, or give --work another folder"
+            )
         self.model.load_state_dict(state["model"])
-        for optimizer, saved, rate in zip(
-            self.optimizers, state["optimizers"], self.rates, strict=True
-        ):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            optimizer.param_groups[0]["lr"] = rate
         self.progress, self.seen = Progress(**state["progress"]), dict(state["seen"])
         log.info("resumed at step %d from %s", self.progress.step, path)
         if (before := state.get("precision", "fp32")) != self.precision:
@@ -177,10 +181,11 @@ class Run:
     def update(self) -> None:
         """Clip what AdamW trains (Muon's step has a fixed size), set the rates, step."""
         factor = rate_factor(self.settings, self.progress)
-        adamw_params = self.optimizers[-1].param_groups[0]["params"]
-        torch.nn.utils.clip_grad_norm_(adamw_params, self.settings.max_grad_norm)
+        adamw = [p for group in self.optimizers[-1].param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(adamw, self.settings.max_grad_norm)
         for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

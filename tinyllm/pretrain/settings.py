@@ -72,7 +72,7 @@ class Settings(ModelSettings):
     muon_lr: float = setting(0.01, "rate of the hidden matrices")
     adamw_lr: float = setting(2e-3, "rate of the embeddings and norms, or of everything")
     momentum: float = setting(0.95, "of Muon")
-    weight_decay: float = setting(0.05, "of Muon, decoupled")
+    weight_decay: float = setting(0.05, "of the matrices inside the layers, decoupled")
     max_grad_norm: float = setting(1.0, "of the embeddings and norms; Muon does not need it")
     precision: str = setting(
         "auto",

@@ -97,17 +97,19 @@ def train(run: Run) -> None:
         Timer, (settings.save_minutes, settings.sample_minutes, settings.evaluate_minutes)
     )
     with signals_noted() as stopped:
-        pace = 0.0  # seconds a step, running mean
+        pace, first = 0.0, True  # seconds a step, running mean
         while fraction_done(settings, progress) < 1 and not run.anywhere(bool(stopped)):
             started = time.monotonic()
             loss = run.train_step()
             seconds = run.slowest(time.monotonic() - started)
-            # The first step after a start may compile: it is not counted as training.
-            seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
-            progress.seconds += seconds if pace else 0.0
+            if first:  # it may have compiled: it tells nothing of the pace, and is not counted
+                first = False
+            else:
+                seconds = min(seconds, PAUSE_FACTOR * pace) if pace else seconds
+                progress.seconds += seconds
+                pace = 0.9 * pace + 0.1 * seconds if pace else seconds
             if not pace or progress.step % settings.log_steps == 0:
                 report(run, loss, pace or seconds)
-            pace = 0.9 * pace + 0.1 * seconds if pace else seconds
             if save.due():
                 run.save()
             if sample.due():
