@@ -112,6 +112,16 @@ def test_other_ways_to_prepare_text_are_refused():
         assert "\n" not in str(error.value)
 
 
+def test_a_marker_that_takes_the_spaces_beside_it_is_refused():
+    from tokenizers import AddedToken
+
+    tokenizer = spaced_tokenizer(replaced(False), None, TURNS)
+    check_tokenizer(tokenizer)
+    tokenizer.add_tokens([AddedToken("<think>", rstrip=True, normalized=False)])
+    with pytest.raises(UserError, match="its marker '<think>' looks at the text beside it"):
+        check_tokenizer(tokenizer)
+
+
 def test_a_vocabulary_without_merges_is_refused():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

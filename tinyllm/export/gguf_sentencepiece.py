@@ -31,10 +31,16 @@ def is_sentencepiece(content: dict) -> bool:
     return content["model"]["type"] == "BPE" and bool(content["model"].get("byte_fallback"))
 
 
-def check_sentencepiece(tokenizer, content: dict) -> None:
-    """Raise a UserError for a tokenizer that llama.cpp would not work as it does."""
-    merge_order(content)
-    space_prefix(tokenizer, content)
+def check_sentencepiece(tokenizer, content: dict) -> tuple[dict[str, int], bool]:
+    """What llama.cpp must be told: when each token is made, and whether spaces are put before text.
+
+    Raises:
+        UserError: llama.cpp would not work as this tokenizer does.
+    """
+    for token in content["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            raise _refused(f"its marker {token['content']!r} looks at the text beside it")
+    return merge_order(content), space_prefix(tokenizer, content)
 
 
 def add_sentencepiece(
@@ -50,7 +56,7 @@ def add_sentencepiece(
     Raises:
         UserError: llama.cpp would give other ids.
     """
-    order = merge_order(content)
+    order, prefix = check_sentencepiece(tokenizer, content)
     unknown = tokenizer.unk_token
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -58,7 +64,7 @@ def add_sentencepiece(
     writer.add_token_scores([float(-order[t]) if t in order else NO_MERGE for t in tokens])
     kinds = zip(tokens, types, strict=True)
     writer.add_token_types([token_type(t, kind, unknown, order) for t, kind in kinds])
-    writer.add_add_space_prefix(space_prefix(tokenizer, content))
+    writer.add_add_space_prefix(prefix)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
 
