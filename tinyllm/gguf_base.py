@@ -1,8 +1,8 @@
 """A ``.gguf`` file → a base folder, converted once: dequantised weights, tokenizer, template.
 
-transformers reads the tensors; the rule by which a byte-level tokenizer splits text before its
-merges is set here, from the file's own ``tokenizer.ggml.pre``, because transformers takes the same
-rule for every model of an architecture.
+transformers reads the tensors; the rule by which a tokenizer prepares text before its merges is set
+here, from the file's own ``tokenizer.ggml.pre`` and ``add_space_prefix``, because transformers takes
+the same rule for every model of an architecture.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def convert_gguf(
             (scratch / name).write_bytes(content)
 
 
-def read_fields(file: Path) -> dict[str, str]:
+def read_fields(file: Path) -> dict[str, str | bool]:
     """The fields of a ``.gguf`` file that say how its tokenizer works.
 
     Raises:
@@ -96,21 +96,22 @@ def read_fields(file: Path) -> dict[str, str]:
 
     try:
         reader = GGUFReader(file)
-        names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-        found = {name: reader.get_field(name) for name in names}
+        names = ("model", "pre", "add_space_prefix")
+        found = {n: reader.get_field(n) for n in (f"tokenizer.ggml.{name}" for name in names)}
         return {name: field.contents() for name, field in found.items() if field is not None}
     except Exception as error:  # numpy's and struct's errors of a damaged file
         raise UserError(f"{file}: no complete .gguf file: {error}") from error
 
 
-def set_splitting(tokenizer, fields: dict[str, str], file: Path) -> None:
-    """Give a byte-level tokenizer the file's own rule for splitting text before its merges.
+def set_splitting(tokenizer, fields: dict[str, str | bool], file: Path) -> None:
+    """Give a tokenizer the file's own rule for what is done to text before its merges.
 
     Raises:
         UserError: the rule is not known here, so that ids would be wrong without a word.
     """
     if fields.get("tokenizer.ggml.model") != "gpt2":
-        return  # SentencePiece vocabularies need no such rule
+        set_spaces(tokenizer, fields.get("tokenizer.ggml.add_space_prefix"))
+        return
     from tokenizers import Regex, pre_tokenizers
 
     def byte_level(use_regex: bool):
@@ -134,6 +135,23 @@ def set_splitting(tokenizer, fields: dict[str, str], file: Path) -> None:
             f"{', '.join(rules)}; use the model's own folder (safetensors, tokenizer.json) instead"
         )
     tokenizer.backend_tokenizer.pre_tokenizer = rules[rule]
+
+
+def set_spaces(tokenizer, prefix: bool | None) -> None:
+    """Write the spaces of a SentencePiece vocabulary as llama.cpp does: one before each stretch of
+    text between markers, or none.
+
+    transformers puts one before the very first stretch whatever the file says; Gemma's and Phi-3's
+    tokenizers, which it builds otherwise, and files that say nothing are left to it.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    if prefix is None or not isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        return
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
 
 
 def forget_quantisation(model) -> None:

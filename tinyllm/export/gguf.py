@@ -12,8 +12,15 @@ from tinyllm import run_folder
 from tinyllm.certificate import certify
 from tinyllm.errors import UserError
 from tinyllm.export.card import gguf_card
-from tinyllm.export.gguf_names import architecture_of, gguf_name, gguf_package, reorder_heads
-from tinyllm.export.gguf_tokenizer import add_tokenizer, split_name, tokenizer_json
+from tinyllm.export.gguf_gemma3 import add_gemma3
+from tinyllm.export.gguf_names import (
+    architecture_of,
+    gguf_name,
+    gguf_package,
+    reorder_heads,
+    ropes_of,
+)
+from tinyllm.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from tinyllm.export.hf import write_certificate
 from tinyllm.export.ollama import modelfile
 from tinyllm.export.source import Source, check_target, merge_source
@@ -43,7 +50,7 @@ def export_gguf(
     check_target(target)
     merged = merge_source(source)
     architecture_of(merged.model.config)
-    split_name(tokenizer_json(merged.tokenizer))
+    check_tokenizer(merged.tokenizer)
     name = f"{target.name}-{gguf_type}.gguf"
     with whole_folder(target) as scratch:
         write_gguf(merged.model, merged.tokenizer, scratch / name, gguf_type)
@@ -116,16 +123,20 @@ def add_shape(writer, config, name: str) -> None:
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_rope_freq_base(float(ropes_of(config)[0]["rope_theta"]))
+    if architecture_of(config).name == "gemma3":
+        add_gemma3(writer, config)
 
 
 def add_weight(writer, name: str, tensor: torch.Tensor, config, gguf_type: str) -> None:
     """Write one tensor: matrices in the type asked for, the rest in float32."""
-    gguf = gguf_package()
-    place = gguf_name(name)
+    gguf, architecture = gguf_package(), architecture_of(config)
+    place = gguf_name(name, architecture)
     if place is None:
         raise UserError(f"GGUF has no place for the tensor {name} of this model")
-    rows = reorder_heads(name, tensor.detach().float(), config, architecture_of(config))
+    rows = reorder_heads(name, tensor.detach().float(), config, architecture)
+    if name.endswith("norm.weight"):
+        rows = rows + architecture.norm_offset
     values = np.ascontiguousarray(rows.numpy())
     if values.ndim == 1 or gguf_type == "f32":
         writer.add_tensor(place, values)

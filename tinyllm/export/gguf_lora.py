@@ -73,11 +73,11 @@ def write_gguf_lora(weights: dict, config, alpha: float, path: Path) -> None:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for key, tensor in sorted(weights.items()):
-            layer, half = _place(key)
+            layer, half = _place(key, architecture)
             rows = tensor.float()
             if half == "B":  # its rows are the projection's outputs
                 rows = reorder_heads(layer, rows, config, architecture)
-            place = gguf_name(f"{layer}.weight")
+            place = gguf_name(f"{layer}.weight", architecture)
             writer.add_tensor(f"{place}.lora_{half.lower()}", np.ascontiguousarray(rows.numpy()))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -86,8 +86,8 @@ def write_gguf_lora(weights: dict, config, alpha: float, path: Path) -> None:
         writer.close()
 
 
-def _place(key: str) -> tuple[str, str]:
+def _place(key: str, architecture) -> tuple[str, str]:
     found = KEY.fullmatch(key)
-    if found is None or gguf_name(f"{found[1]}.weight") is None:
+    if found is None or gguf_name(f"{found[1]}.weight", architecture) is None:
         raise UserError(f"{key} has no place in a GGUF LoRA; merge the adapter (--export gguf)")
     return found[1], found[2]

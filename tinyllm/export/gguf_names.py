@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tinyllm.errors import UserError
+from tinyllm.export.gguf_gemma3 import check_gemma3
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,12 @@ GGUF_PLACES = {
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+# Gemma 3 has a norm before and one after each half of a layer.
+GEMMA3_PLACES = GGUF_PLACES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 GGUF_TOP = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -33,16 +40,21 @@ class Architecture:
         name: its name in a GGUF file.
         interleaved: whether its query and key rows are stored in pairs (x0, x_half, x1, ...), as
             llama.cpp rotates them, instead of in halves, as transformers does.
+        norm_offset: what is added to the weights of its norms; Gemma's count from 0, the file's from 1.
+        places: its names of a layer's tensors in transformers -> in the file.
     """
 
     name: str
-    interleaved: bool
+    interleaved: bool = False
+    norm_offset: float = 0.0
+    places: dict[str, str] = field(default_factory=lambda: GGUF_PLACES)
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", interleaved=True),
-    "qwen2": Architecture("qwen2", interleaved=False),
-    "qwen3": Architecture("qwen3", interleaved=False),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "gemma3_text": Architecture("gemma3", norm_offset=1.0, places=GEMMA3_PLACES),
 }
 
 
@@ -66,17 +78,26 @@ def architecture_of(config) -> Architecture:
             f"{', '.join(ARCHITECTURES)}; export a Hugging Face folder (--export hf) and use the "
             "converter of llama.cpp"
         )
-    rope = dict(config.rope_parameters or {})
-    if rope.get("rope_type", "default") != "default" or getattr(config, "rope_scaling", None) not in (
-        None, rope,
-    ):  # fmt: skip
-        raise UserError(f"GGUF: position scaling {rope.get('rope_type')} cannot be written here")
+    kinds = {rope.get("rope_type", "default") for rope in ropes_of(config)} - {"default"}
+    if kinds or getattr(config, "rope_scaling", None) not in (None, config.rope_parameters):
+        names = ", ".join(sorted(kinds)) or "of its own"
+        raise UserError(f"GGUF: position scaling {names} cannot be written here")
+    if known.name == "gemma3":
+        check_gemma3(config)
     if getattr(config, "use_sliding_window", False):
         raise UserError("GGUF: a model with sliding-window attention cannot be written here")
     return known
 
 
-def gguf_name(name: str) -> str | None:
+def ropes_of(config) -> list[dict]:
+    """The rotations of a model, that of its full attention first; Gemma 3 has two."""
+    rope = dict(config.rope_parameters or {})
+    if "full_attention" in rope:
+        return [rope["full_attention"], *(v for k, v in rope.items() if k != "full_attention")]
+    return [rope]
+
+
+def gguf_name(name: str, architecture: Architecture) -> str | None:
     """Name of a transformers tensor in a GGUF file, None for one that has no place there."""
     layer, _, part = name.rpartition(".")
     if layer in GGUF_TOP:
@@ -84,7 +105,7 @@ def gguf_name(name: str) -> str | None:
     words = layer.split(".")
     if words[:2] != ["model", "layers"] or not words[2:3] or not words[2].isdigit():
         return None
-    place = GGUF_PLACES.get(".".join(words[3:]))
+    place = architecture.places.get(".".join(words[3:]))
     return f"blk.{words[2]}.{place}.{part}" if place else None
 
 

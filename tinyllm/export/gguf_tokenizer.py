@@ -1,11 +1,17 @@
-"""A byte-level BPE tokenizer as the fields of a GGUF file."""
+"""A tokenizer as the fields of a GGUF file: byte-level BPE here, SentencePiece-like ones beside it."""
 
 from __future__ import annotations
 
 import json
 import re
 
+from tinyllm.chat_format import chat_format_of
 from tinyllm.errors import UserError
+from tinyllm.export.gguf_sentencepiece import (
+    add_sentencepiece,
+    check_sentencepiece,
+    is_sentencepiece,
+)
 
 # llama.cpp knows a tokenizer's way of splitting text by a name; these are the splits it has.
 LLAMA3_SPLIT = (
@@ -29,15 +35,23 @@ def add_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         vocab_size: rows of the model's embedding, which may be more than the tokenizer has tokens.
 
     Raises:
-        UserError: it is no byte-level BPE, or splits text in a way that llama.cpp has no name for.
+        UserError: as :func:`check_tokenizer`, or it has more tokens than the model has rows.
     """
     content = tokenizer_json(tokenizer)
     tokens, types = token_list(tokenizer, vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(split_name(content))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges_of(content))
+    if is_sentencepiece(content):
+        add_sentencepiece(writer, tokenizer, content, tokens, types)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split_name(content))
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges_of(content))
+    add_markers(writer, tokenizer)
+
+
+def add_markers(writer, tokenizer) -> None:
+    """Write which tokens begin, end and fill a text, what ends a turn, and the chat template."""
     writer.add_eos_token_id(tokenizer.eos_token_id)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
@@ -45,19 +59,42 @@ def add_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     first = tokenizer("a").input_ids[:1]
     writer.add_add_bos_token(first == [tokenizer.bos_token_id])
+    turn = end_of_turn(tokenizer)
+    if turn not in (None, tokenizer.eos_token_id):
+        writer.add_eot_token_id(turn)
     writer.add_chat_template(without_generation_tags(tokenizer.chat_template))
 
 
+def end_of_turn(tokenizer) -> int | None:
+    """Id of the marker that the chat template sets behind a reply; None where there is none."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        encoded = chat_format_of(tokenizer).encode(turns)
+    except UserError:  # a template that refuses this names no end either
+        return None
+    learned = [label for label in encoded.labels if label >= 0]
+    return learned[-1] if learned and learned[-1] in tokenizer.added_tokens_decoder else None
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise a UserError for a tokenizer that llama.cpp has no way to work as."""
+    content = tokenizer_json(tokenizer)
+    if is_sentencepiece(content):
+        check_sentencepiece(tokenizer, content)
+    else:
+        split_name(content)
+
+
 def tokenizer_json(tokenizer) -> dict:
-    """The tokenizer's own description; a UserError where it is no byte-level BPE."""
+    """The tokenizer's own description; a UserError for a kind that has no place in GGUF."""
     if not tokenizer.is_fast:
         raise UserError("GGUF: this tokenizer has no tokenizer.json; it cannot be written")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = content["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(content):
+    kind = content["model"]["type"]
+    if kind != "BPE" or not (is_sentencepiece(content) or _is_byte_level(content)):
         raise UserError(
-            "GGUF: only byte-level BPE tokenizers can be written here; this one is "
-            f"{model['type']}{' with byte fallback' if model.get('byte_fallback') else ''}"
+            "GGUF: only BPE tokenizers over bytes, or over characters with bytes to fall back to, "
+            f"can be written here; this one is {kind}"
         )
     return content
 
@@ -79,12 +116,16 @@ def split_name(content: dict) -> str:
 
 def token_list(tokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
     """Tokens by id, and their types: 1 normal, 3 control, 4 defined by the user, 5 unused."""
-    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    by_id = {  # a marker without a row (Gemma's for images) can stand in no text of this model
+        index: token
+        for token, index in tokenizer.get_vocab().items()
+        if index < vocab_size or not (index in added and added[index].special)
+    }
     if max(by_id) >= vocab_size:
         raise UserError(
             f"GGUF: token id {max(by_id)} lies beyond the embedding's {vocab_size} rows"
         )
-    added = tokenizer.added_tokens_decoder
     tokens, types = [], []
     for index in range(vocab_size):
         tokens.append(by_id.get(index, f"[PAD{index}]"))
