@@ -13,8 +13,11 @@ TYPES = ("f32", "f16")  # of the matrices; our own engine reads bfloat16 weights
 CONTEXT = 512
 
 
-def llama_package():
+def llama_package(who: str = "--parts llama"):
     """The module llama_cpp.
+
+    Args:
+        who: what needs it, for the message.
 
     Raises:
         UserError: it is not installed.
@@ -23,21 +26,25 @@ def llama_package():
         import llama_cpp
     except ImportError as error:
         raise UserError(
-            "--parts llama needs llama.cpp's Python package and gguf: pip install llama-cpp-python "
+            f"{who} needs llama.cpp's Python package and gguf: pip install llama-cpp-python "
             "-r requirement-gguf.txt (compiled on the spot, some minutes)"
         ) from error
     return llama_cpp
 
 
 class Llama:
-    """llama.cpp with one GGUF file; writes greedily, without penalty."""
+    """llama.cpp with one GGUF file; writes greedily, without penalty.
 
-    def __init__(self, path: Path, end: set[int]) -> None:
+    Args:
+        end: ids that end a reply.
+        options: of ``llama_cpp.Llama``, before the usual ones here.
+    """
+
+    def __init__(self, path: Path, end: set[int], **options) -> None:
         threads = os.cpu_count()
+        usual = {"n_ctx": CONTEXT, "n_threads": threads, "n_threads_batch": threads}
         self.end = end
-        self.model = llama_package().Llama(
-            str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
-        )
+        self.model = llama_package().Llama(str(path), verbose=False, **(usual | options))
 
     def write(self, prompt: list[int], num_tokens: int, until_end: bool = True) -> list[int]:
         """Ids after a prompt, read anew each time."""
