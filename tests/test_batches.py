@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tinyllm.batches import collate, model_inputs, split, targets
+from tinyllm.batches import collate, fill_up, model_inputs, split, targets
 
 X = -100
 EXAMPLES = [
@@ -31,6 +31,16 @@ def test_positions_restart():
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]
     assert inputs["max_length_q"] == 3
+
+
+def test_filling_up_adds_one_example_without_targets():
+    batch = collate(EXAMPLES)
+    size = len(batch["input_ids"])
+    filled = fill_up(batch, size + 3)
+    assert len(filled["input_ids"]) == size + 3 == int(filled["lengths"].sum())
+    for before, after in zip(targets(batch), targets(filled), strict=True):
+        assert torch.equal(before, after)
+    assert fill_up(batch, 1) is batch and fill_up(filled, size + 3) is filled
 
 
 def test_split_keeps_every_example_whole_and_in_order():

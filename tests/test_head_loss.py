@@ -36,6 +36,19 @@ def test_loss_and_gradient_equal_pytorchs(monkeypatch, chunk):
     torch.testing.assert_close(torch.autograd.grad(3 * loss, hidden)[0], gradient)
 
 
+@pytest.mark.parametrize("size", [1, 32, 45])
+def test_filled_rows_count_for_nothing(size):
+    torch.manual_seed(0)
+    hidden = torch.randn(size, 16).bfloat16().requires_grad_()
+    weight, ids = torch.randn(300, 16).bfloat16(), torch.randint(0, 300, (size,))
+    expected = F.cross_entropy(hidden.float() @ weight.float().t(), ids, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    loss = FrozenHeadLoss.apply(hidden, weight, ids)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    found = torch.autograd.grad(loss, hidden)[0]
+    torch.testing.assert_close(found, gradient, rtol=5e-2, atol=5e-2)
+
+
 def test_huge_logits_stay_finite():
     hidden = torch.full((2, 4), 1e4, requires_grad=True)
     weight = torch.eye(4)[:3]

@@ -9,6 +9,7 @@ from conftest import ROWS, make_model, train_arguments
 
 import sft_lora
 from tinyllm.adapter import read_adapter
+from tinyllm.batches import collate
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, chat_format_of
 from tinyllm.command_line import parse_settings
 from tinyllm.examples import encode_records
@@ -130,6 +131,32 @@ def test_fast_paths_equal_the_slow_ones(base_folder, data_file, tmp_path, words)
     fast = adapter_after(base_folder, data_file, tmp_path / "a", *NO_NOISE)
     slow = adapter_after(base_folder, data_file, tmp_path / "b", *NO_NOISE, *words)
     assert_same(fast, slow)
+
+
+def test_filled_micro_batches_have_the_same_loss_and_gradient(
+    tokenizer, base_folder, data_file, tmp_path
+):
+    words = train_arguments(base_folder, data_file, tmp_path, *NO_NOISE, "--eval_strategy", "no")
+    settings, _ = parse_settings(words)
+    examples, found = encoded(tokenizer), []
+    for dtype, fill in ((torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)):
+        settings.training.fill_rows = fill
+        torch.manual_seed(0)
+        model = add_lora(make_model().to(dtype), settings.lora)
+        trainer = SftTrainer(model, settings.training, examples, None, tokenizer, 64)
+        found.append(trainer.multiple)
+    assert found == [1, 1, 64]
+    torch.manual_seed(0)
+    model = add_lora(make_model(), settings.lora)
+    trainer = SftTrainer(model, settings.training, examples, None, tokenizer, 64)
+    batch, results = collate(list(examples)), []
+    for multiple in (1, 64):
+        trainer.multiple = multiple
+        loss = trainer.sum_of_losses(trainer.model, batch)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        results.append((loss, *torch.autograd.grad(loss, weights)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_held_out_loss_counts_every_token_once(tokenizer, base_folder, data_file, tmp_path):

@@ -51,6 +51,19 @@ def nothing_to_learn(like: Batch) -> Batch:
     }
 
 
+def fill_up(batch: Batch, multiple: int) -> Batch:
+    """The batch and, where N is no multiple, one more example, of which nothing is learned."""
+    missing = -len(batch["input_ids"]) % multiple
+    if not missing:
+        return batch
+    ids, labels, lengths = (batch[name] for name in ("input_ids", "labels", "lengths"))
+    return {
+        "input_ids": torch.cat([ids, ids.new_zeros(missing)]),
+        "labels": torch.cat([labels, labels.new_full((missing,), IGNORE_INDEX)]),
+        "lengths": torch.cat([lengths, lengths.new_tensor([missing])]),
+    }
+
+
 def split(batch: Batch, max_tokens: int) -> Iterator[Batch]:
     """Cut a batch into micro-batches of whole examples with at most ``max_tokens`` ids each.
 

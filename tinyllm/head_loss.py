@@ -10,6 +10,7 @@ arXiv:2410.10989, section 3.2, for a head without a gradient of its own).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # Their forward is hidden states → lm_head, nothing between and nothing behind (no soft-capping,
@@ -18,6 +19,9 @@ PLAIN_HEADS = ("llama", "qwen2", "qwen3", "mistral", "tinyllm")
 # Logits at a time: 8 MB in float32 stay in a CPU's cache, a GPU wants large products.
 CHUNK_ELEMENTS = {"cpu": 1 << 21}
 LARGE_CHUNK_ELEMENTS = 1 << 26
+# On a CPU, oneDNN prepares a product in bfloat16 anew for each number of rows and keeps it: then few
+# numbers of rows.
+FILLED = 32
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -31,11 +35,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         size = max(1, CHUNK_ELEMENTS.get(hidden.device.type, LARGE_CHUNK_ELEMENTS) // len(weight))
         for start in range(0, len(ids), size):
             here = slice(start, start + size)
-            logits = (hidden[here] @ weight.t()).float()  # (size, V)
-            part, total = exponentiate(logits, ids[here])
+            states = hidden[here]
+            logits = (fill_up(states) @ weight.t()).float()  # (size, V)
+            part, total = exponentiate(logits[: len(states)], ids[here])
             loss += part
             if gradient is not None:  # softmax(logits) W - W[ids]
-                mean = (logits.to(weight.dtype) @ weight).float().div_(total)
+                mean = (logits.to(weight.dtype) @ weight)[: len(states)].float().div_(total)
                 gradient[here] = mean.sub_(weight[ids[here]])
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -45,6 +50,12 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
+
+
+def fill_up(states: torch.Tensor) -> torch.Tensor:
+    """``states`` (n, hidden_size), and zeros up to a multiple of :data:`FILLED` where that pays."""
+    pays = states.dtype == torch.bfloat16 and states.device.type == "cpu"
+    return F.pad(states, (0, 0, 0, -len(states) % FILLED)) if pays else states
 
 
 def exponentiate(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

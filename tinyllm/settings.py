@@ -237,6 +237,11 @@ class SftArguments(TrainingArguments):
     chunked_loss: bool = setting(
         True, "Compute the loss under a frozen head a few positions at a time; False all at once."
     )
+    fill_rows: bool = setting(
+        True,
+        "On a CPU in bfloat16, fill micro-batches up to a multiple of 64 tokens, with no effect on "
+        "the loss: less memory, and faster.",
+    )
     report_to: list[str] = setting(
         ["auto"],
         "Loggers: tensorboard, wandb, swanlab, trackio, mlflow, ..., none; auto is tensorboard where "

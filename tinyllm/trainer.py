@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
 from tinyllm.base import plain_model
-from tinyllm.batches import Batch, collate, model_inputs, nothing_to_learn, split, targets
+from tinyllm.batches import Batch, collate, fill_up, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
@@ -39,6 +39,11 @@ NO_GRADIENT = (
     "leads to the adapter, or does gradient checkpointing cut it off (try --gradient_checkpointing "
     "False)?"
 )
+
+
+# oneDNN, which multiplies bfloat16 on a CPU, prepares its products anew for each number of tokens and
+# keeps what it prepared; float32 products are MKL's.
+FILLED = 64
 
 
 class SftTrainer(SavingTrainer):
@@ -67,6 +72,9 @@ class SftTrainer(SavingTrainer):
         # autocast is a wrapper around the whole forward, which this path goes past
         plain = has_plain_frozen_head(self.causal_model) and not (args.bf16 or args.fp16)
         self.chunked_loss = args.chunked_loss and plain
+        in_bf16 = next(self.causal_model.parameters()).dtype == torch.bfloat16
+        fills = args.fill_rows and self.packing.kernel and in_bf16 and args.device.type == "cpu"
+        self.multiple = FILLED if fills else 1
         self.asked = args  # as the user wrote them; self.args counts whole steps
         super().__init__(
             model=model,
@@ -182,6 +190,7 @@ class SftTrainer(SavingTrainer):
         (DDP and DeepSpeed must see the whole forward) only a few positions at a time.
         """
         positions, ids = targets(batch)
+        batch = fill_up(batch, self.multiple)
         inputs = model_inputs(batch, self.packing.kernel)
         if self.neftune is not None:
             self.neftune.lengths = batch["lengths"]
