@@ -83,15 +83,17 @@ class Pair:
         return output[0, len(prompt) :].tolist()
 
 
-def megabytes(model) -> float:
-    """Weights that a pass over the model reads: bfloat16 where that is exact, as the engine has them."""
+def megabytes(model, halves: bool) -> float:
+    """Weights that a pass over the model reads; with ``halves`` those that are bfloat16 numbers are read
+    as such, as the engine does.
+    """
     import torch
 
     total = 0
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
             weight = layer.weight
-            exact = weight.dtype == torch.float32 and torch.equal(weight.bfloat16().float(), weight)
+            exact = halves and torch.equal(weight.bfloat16().float(), weight)
             total += weight.numel() * (2 if exact else 4)
     return total / 1e6
 
@@ -121,7 +123,7 @@ def measure_decode(pair: Pair, repeats: int, num_tokens: int) -> None:
         "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
     }
     print(f"decode, {num_tokens} tokens each; engine {pair.engine.why}")
-    ours, theirs = megabytes(pair.lora), megabytes(pair.model)
+    ours, theirs = megabytes(pair.lora, True), megabytes(pair.model, False)
     print(f"  a token reads {ours:.1f} MB of weights here, {theirs:.1f} MB in generate")
     for kind, options in kinds.items():
         endless = pair.config(num_tokens, **options)
