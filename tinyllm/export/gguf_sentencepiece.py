@@ -142,10 +142,10 @@ def space_prefix(tokenizer, content: dict) -> bool:
     if steps or len(cuts) != 1 or not _is_metaspace(cuts[0]):
         names = ", ".join(step["type"] for step in (*steps, *cuts)) or "nothing"
         raise _refused(f"it prepares text by {names}")
+    if cuts[0].get("prepend_scheme") == "never":
+        return False
     for prefix in SPACINGS:
-        if cuts[0].get("prepend_scheme") == "never" and not prefix:
-            return prefix
-        if cuts[0].get("prepend_scheme") != "never" and _same_ids(tokenizer, content, prefix):
+        if _same_ids(tokenizer, content, prefix):
             return prefix
     raise _refused("where it puts a space before text, llama.cpp would not")
 
