@@ -55,7 +55,8 @@ class Pair:
         lora, self.tokenizer = load_adapter_on_base(base, adapter, "cpu", "float32")
         self.model, self.lora = merge(copy.deepcopy(lora)), lora
         self.chat_format = chat_format_of(self.tokenizer)
-        self.engine = EngineMaker(lora, "fast", kernel.load).engine("default")
+        self.maker = EngineMaker(lora, "fast", kernel.load)
+        self.engine = self.maker.engine("default")
         questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
         self.prompts = [self.prompt(json.loads(line)["question"]) for line in questions]
 
@@ -83,19 +84,16 @@ class Pair:
         return output[0, len(prompt) :].tolist()
 
 
-def megabytes(model, halves: bool) -> float:
-    """Weights that a pass over the model reads; with ``halves`` those that are bfloat16 numbers are read
-    as such, as the engine does.
+def megabytes(pair: Pair) -> tuple[float, float]:
+    """Weights that the engine reads for a token, in the form in which it keeps them, and that generate
+    reads of the merged model.
     """
     import torch
 
-    total = 0
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            weight = layer.weight
-            exact = halves and torch.equal(weight.bfloat16().float(), weight)
-            total += weight.numel() * (2 if exact else 4)
-    return total / 1e6
+    kept = [stored.weight.nbytes for stored in pair.maker.compact.copies.values()]
+    adapter = [p.nbytes for name, p in pair.lora.named_parameters() if "lora_" in name]
+    linear = [m.weight.nbytes for m in pair.model.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(kept + adapter) / 1e6, sum(linear) / 1e6
 
 
 def seconds(do: Callable[[], object]) -> float:
@@ -123,7 +121,7 @@ def measure_decode(pair: Pair, repeats: int, num_tokens: int) -> None:
         "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
     }
     print(f"decode, {num_tokens} tokens each; engine {pair.engine.why}")
-    ours, theirs = megabytes(pair.lora, True), megabytes(pair.model, False)
+    ours, theirs = megabytes(pair)
     print(f"  a token reads {ours:.1f} MB of weights here, {theirs:.1f} MB in generate")
     for kind, options in kinds.items():
         endless = pair.config(num_tokens, **options)

@@ -11,8 +11,8 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from tinyllm.decode import kernel
 from tinyllm.decode.choice import TopKTopP, unsupported_options
+from tinyllm.decode.compact import Compact
 from tinyllm.decode.fast import FastEngine
-from tinyllm.decode.halves import Halves
 from tinyllm.decode.pick import EngineMaker
 from tinyllm.decode.plain import PlainEngine
 from tinyllm.decode.row import RowDecoder
@@ -104,7 +104,11 @@ def test_threads_share_the_work(name, threads, library, restored_threads):
         expected = model(torch.tensor([ids])).logits[0]
         torch.set_num_threads(threads)
         reader = RowDecoder(
-            library, model.base_model.model, "default", Halves(library.lanes()), 128
+            library,
+            model.base_model.model,
+            "default",
+            Compact(library.lanes(), bool(library.packs())),
+            128,
         )
         assert reader.model.threads == threads
         for start, end in ((0, 50), (50, 53), (53, 54), (54, 90)):

@@ -9,8 +9,8 @@ from functools import cache
 import torch
 
 from tinyllm.base import plain_model
+from tinyllm.decode.compact import Compact
 from tinyllm.decode.fast import FastEngine
-from tinyllm.decode.halves import Halves
 from tinyllm.decode.llama import Decoder
 from tinyllm.decode.plain import PlainEngine
 from tinyllm.decode.row import RowDecoder, fits_kernel
@@ -36,7 +36,7 @@ class EngineMaker:
         """
         self.model, self.kind, self.get_kernel = model, kind, get_kernel
         self.plain = plain_model(model)
-        self.halves: Halves | None = None  # shared by the readers of all adapters
+        self.compact: Compact | None = None  # shared by the readers of all adapters
 
     def engine(self, adapter: str | None = None) -> FastEngine | PlainEngine:
         """The engine for one of the model's adapters, or for the base alone.
@@ -71,8 +71,8 @@ class EngineMaker:
 
         def make_row(context: int):
             if compiled:
-                self.halves = self.halves or Halves(library.lanes())
-                return RowDecoder(library, self.plain, adapter, self.halves, context)
+                self.compact = self.compact or Compact(library.lanes(), bool(library.packs()))
+                return RowDecoder(library, self.plain, adapter, self.compact, context)
             return make_rows(1, context)
 
         library = self.get_kernel() if fits_kernel(self.plain, adapter) else None

@@ -1,8 +1,8 @@
 /* The forward pass of a llama-like model for one conversation, float32 arithmetic throughout.
  *
  * At one row a small model is bound by reading its weights.  So weights that are bfloat16 numbers are
- * read as bfloat16 (half the bytes, the same values), and a LoRA adapter stays beside its matrix:
- * y = W x + b + s B (A x).  All threads walk through the layers together; each computes a part of every
+ * read as bfloat16 or in 12 bits (the same values, see compact.py), and a LoRA adapter stays beside its
+ * matrix: y = W x + b + s B (A x).  All threads walk through the layers together; each computes a part of every
  * product, what it wrote last is still in its cache, and they meet five times a layer.
  * Compiled by kernel.py.
  */
@@ -10,16 +10,25 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#include <sched.h>
+#include <stdatomic.h>
 
-#define MEET _Pragma("omp barrier")
+#define PATIENCE 20000 /* looks at a barrier before the processor is given away */
 #define WORTH_SHARING 65536 /* weights of a matrix that more than one thread takes up */
 #define MAX_RANK 1024
 #define BLOCK 8 /* tokens that share one pass over the weights */
 
+/* A weight that has no code in a PACKED matrix, where it is 0. */
 typedef struct {
-    const void *weight;             /* (out, in) float or, where half is set, bfloat16 */
-    const float *bias, *a, *b;      /* (out), (rank, in), (rank, out); NULL where absent */
-    int32_t in, out, rank, half;
+    int32_t row, column;
+    float value;
+} Stray;
+
+typedef struct {
+    Matrix w;
+    const Stray *strays;       /* (num_strays), by row */
+    const float *bias, *a, *b; /* (out), (rank, in), (out / LANES, rank, LANES); NULL where absent */
+    int32_t num_strays, rank;
     float scale;
 } Linear;
 
@@ -38,9 +47,16 @@ typedef struct {
     float eps;
 } Model;
 
+/* Where threads wait for each other: who comes last sends all on.  OpenMP's own takes three times as long. */
+typedef struct {
+    _Alignas(64) atomic_int arrived;
+    _Alignas(64) atomic_int round;
+} Barrier;
+
 /* One thread's share of the work: part `part` of `parts`, and memory of its own. */
 typedef struct {
     int part, parts;
+    Barrier *barrier;
     float *normed, *scores; /* (BLOCK, hidden), (context) */
 } Share;
 
@@ -50,29 +66,61 @@ typedef struct {
 
 int32_t lanes(void) { return LANES; }
 
+/* Whether PACKED matrices can be read. */
+int32_t packs(void) {
+#ifdef SHUFFLE
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+INLINE void meet(const Share *s) {
+    int round = atomic_load(&s->barrier->round);
+    if (atomic_fetch_add(&s->barrier->arrived, 1) == s->parts - 1) {
+        atomic_store(&s->barrier->arrived, 0);
+        atomic_store(&s->barrier->round, round + 1);
+        return;
+    }
+    for (int looks = 0; atomic_load(&s->barrier->round) == round; looks++)
+        if (looks > PATIENCE) sched_yield();
+}
+
 /* y += s B (A x) for the outputs `from` to `end` of one token. */
 INLINE void adapt(const Linear *l, const float *x, float *y, int64_t from, int64_t end) {
+    const Matrix a = {.weight = l->a, .in = l->w.in, .out = l->rank};
     float low[MAX_RANK];
-    int64_t o = from;
-    for (int r = 0; r < l->rank; r++) low[r] = l->scale * dot(l->a, 0, (int64_t)r * l->in, l->in, x);
-    for (; o + LANES <= end; o += LANES) {
-        vec acc = load(y + o);
-        for (int r = 0; r < l->rank; r++) acc += low[r] * load(l->b + (int64_t)r * l->out + o);
-        store(y + o, acc);
+    for (int r = 0; r < l->rank; r++) low[r] = l->scale * dot(&a, FLOATS, r, x, 1);
+    for (int64_t o = from; o < end;) {
+        const float *b = l->b + o / LANES * l->rank * LANES;
+        if (o % LANES == 0 && o + LANES <= end) {
+            vec even = load(y + o), odd = {0};
+            int r = 0;
+            for (; r + 2 <= l->rank; r += 2)
+                even += low[r] * load(b + r * LANES), odd += low[r + 1] * load(b + (r + 1) * LANES);
+            if (r < l->rank) even += low[r] * load(b + r * LANES);
+            store(y + o, even + odd);
+            o += LANES;
+        } else {
+            for (int r = 0; r < l->rank; r++) y[o] += low[r] * b[r * LANES + o % LANES];
+            o++;
+        }
     }
-    for (; o < end; o++)
-        for (int r = 0; r < l->rank; r++) y[o] += low[r] * l->b[(int64_t)r * l->out + o];
 }
 
 /* The outputs `from` to `end` of a linear layer, for n tokens. */
 INLINE void linear(const Linear *l, const float *x, float *y, int n, int64_t from, int64_t end,
                    const int add) {
     if (from >= end) return;
-    if (l->half) product(l->weight, 1, l->in, from, end, l->out, x, y, n, add);
-    else product(l->weight, 0, l->in, from, end, l->out, x, y, n, add);
+    if (l->w.kind == PACKED) product(&l->w, PACKED, from, end, x, y, n, add, 1);
+    else if (l->w.kind == HALVES) product(&l->w, HALVES, from, end, x, y, n, add, 1);
+    else product(&l->w, FLOATS, from, end, x, y, n, add, 1);
     for (int t = 0; t < n; t++) {
-        float *row = y + (int64_t)t * l->out;
-        if (l->rank) adapt(l, x + (int64_t)t * l->in, row, from, end);
+        const float *in = x + (int64_t)t * l->w.in;
+        float *row = y + (int64_t)t * l->w.out;
+        for (const Stray *s = l->strays; s < l->strays + l->num_strays; s++)
+            if (s->row >= from && s->row < end) row[s->row] += s->value * in[s->column];
+        if (l->rank) adapt(l, in, row, from, end);
         if (l->bias) for (int64_t o = from; o < end; o++) row[o] += l->bias[o];
     }
 }
@@ -115,7 +163,7 @@ static void heads(const Model *m, const Layer *l, const Linear *linear_of, float
     for (int t = 0; t < n; t++)
         for (int h = from; h < end; h++) {
             int64_t p = start + t, at = ((int64_t)h * m->context + p) * dim;
-            float *one = y + (int64_t)t * linear_of->out + h * dim;
+            float *one = y + (int64_t)t * linear_of->w.out + h * dim;
             if (kind < 2) rotate(one, dim, m->cos + p * half, m->sin + p * half);
             if (kind > 0) memcpy((kind == 1 ? l->keys : l->values) + at, one, dim * sizeof(float));
         }
@@ -160,7 +208,8 @@ static float softmax(float *scores, int last, float scale) {
 /* One head of one token: mix the values of positions 0 to `last`. */
 static void attend(const float *q, const float *keys, const float *values, float *scores, float *mixed,
                    int last, int dim) {
-    product(keys, 0, dim, 0, last + 1, last + 1, q, scores, 1, 0);
+    const Matrix past = {.weight = keys, .in = dim, .out = last + 1};
+    product(&past, FLOATS, 0, last + 1, q, scores, 1, 0, 0);
     float total = softmax(scores, last, 1.0f / sqrtf((float)dim));
     int i = 0;
     for (; i + 2 * LANES <= dim; i += 2 * LANES) {
@@ -216,13 +265,13 @@ static void block(const Model *m, Scratch *c, const Share *s, const int64_t *ids
                (end - from) * sizeof(float));
     for (int i = 0; i < m->num_layers; i++) {
         const Layer *l = m->layers + i;
-        MEET project(m, l, c, s, n, start);
-        MEET attention(m, l, c, s, n, start);
-        MEET linear(&l->o, c->mixed, c->x, n, from, end, 1);
-        MEET widen(m, l, c, s, n);
-        MEET linear(&l->down, c->gate, c->x, n, from, end, 1);
+        meet(s), project(m, l, c, s, n, start);
+        meet(s), attention(m, l, c, s, n, start);
+        meet(s), linear(&l->o, c->mixed, c->x, n, from, end, 1);
+        meet(s), widen(m, l, c, s, n);
+        meet(s), linear(&l->down, c->gate, c->x, n, from, end, 1);
     }
-    MEET
+    meet(s);
 }
 
 static int64_t shared_size(const Model *m) {
@@ -256,16 +305,17 @@ static void walk(const Model *m, Share *s, const int64_t *ids, int n, int start,
         block(m, &c, s, ids + done, size, start + done);
     }
     norm(c.x + (int64_t)(size - 1) * m->hidden, m->norm, s->normed, m->hidden, m->eps);
-    linear(&m->head, s->normed, logits, 1, cut(m->head.out, s, 0), cut(m->head.out, s, 1), 0);
+    linear(&m->head, s->normed, logits, 1, cut(m->head.w.out, s, 0), cut(m->head.w.out, s, 1), 0);
 }
 
 /* Take in n ids at positions `start` and on; logits (V) after the last of them. */
 void forward(const Model *m, const int64_t *ids, int32_t n, int32_t start, float *logits) {
-    int64_t inside = (int64_t)m->hidden * m->inner, head = (int64_t)m->head.in * m->head.out;
+    int64_t inside = (int64_t)m->hidden * m->inner, head = (int64_t)m->head.w.in * m->head.w.out;
     int parts = inside < WORTH_SHARING && head < 4 * WORTH_SHARING ? 1 : m->threads;
+    Barrier barrier = {0};
 #pragma omp parallel num_threads(parts)
     {
-        Share s = {.part = 0, .parts = 1};
+        Share s = {.parts = 1, .barrier = &barrier};
 #ifdef _OPENMP
         s.part = omp_get_thread_num(), s.parts = omp_get_num_threads();
 #endif

@@ -7,7 +7,8 @@ import ctypes
 import torch
 
 from tinyllm.decode import kernel
-from tinyllm.decode.halves import Halves
+from tinyllm.decode.compact import Compact
+from tinyllm.decode.pages import Pages
 
 MAX_RANK = 1024  # of row.c's own buffer
 MAX_THREADS = 4  # more have nothing to do in a model that this engine is for
@@ -16,11 +17,11 @@ MAX_THREADS = 4  # more have nothing to do in a model that this engine is for
 class RowDecoder:
     """Takes in ids and gives logits, as :class:`tinyllm.decode.llama.Decoder` does for one row.
 
-    The model's tensors are used in place; those that are bfloat16 numbers get a copy of half the size.
+    The model's tensors are used in place; those that are bfloat16 numbers get a smaller copy.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, model, adapter: str | None, halves: Halves, context: int
+        self, library: ctypes.CDLL, model, adapter: str | None, compact: Compact, context: int
     ) -> None:
         """Point the kernel to a model.
 
@@ -28,10 +29,10 @@ class RowDecoder:
             model: a plain llama-like transformers model, its layers perhaps wrapped by peft.
             adapter: name of the adapter to add in; None for none.
             context: longest sequence, in tokens.
-            halves: the base's weights as bfloat16, shared between its decoders.
+            compact: the base's weights in fewer bytes, shared between its decoders.
         """
         config, decoder = model.config, model.model
-        self.library, self.halves, self.keep = library, halves, []
+        self.library, self.compact, self.keep, self.pages = library, compact, [], Pages()
         self.context = min(context, config.max_position_embeddings)
         attention = decoder.layers[0].self_attn
         dim, kv_heads = attention.head_dim, config.num_key_value_heads
@@ -76,15 +77,20 @@ class RowDecoder:
 
     def _linear(self, linear, adapter: str | None):
         base = getattr(linear, "base_layer", linear)
-        weight = self.halves.of(base.weight.detach())
-        out, size = weight.shape
-        native = kernel.Linear(
-            weight=self._at(weight), in_=size, out=out, half=weight.dtype == torch.bfloat16,
-            bias=None if base.bias is None else self._at(base.bias),
+        weight = base.weight.detach()
+        stored, (out, size) = self.compact.of(weight), weight.shape
+        matrix = kernel.Matrix(
+            weight=self._at(stored.weight), in_=size, out=out, kind=stored.kind,
+            table=None if stored.table is None else self._at(stored.table),
         )  # fmt: skip
+        native = kernel.Linear(w=matrix, bias=None if base.bias is None else self._at(base.bias))
+        if stored.strays is not None:
+            native.strays, native.num_strays = self._at(stored.strays), len(stored.strays)
         if adapter is not None and adapter in getattr(linear, "lora_A", {}):
             lora_a, lora_b = linear.lora_A[adapter].weight, linear.lora_B[adapter].weight
-            native.a, native.b = self._at(lora_a.float()), self._at(lora_b.float().t())
+            blocks = in_blocks(lora_b.detach().float(), self.library.lanes())
+            native.a = self._at(self.pages.copy(lora_a.detach().float()))
+            native.b = self._at(self.pages.copy(blocks))
             native.rank, native.scale = lora_a.shape[0], linear.scaling[adapter]
         return native
 
@@ -93,6 +99,13 @@ class RowDecoder:
         tensor = tensor.detach().contiguous()
         self.keep.append(tensor)
         return tensor.data_ptr()
+
+
+def in_blocks(lora_b: torch.Tensor, lanes: int) -> torch.Tensor:
+    """``(out, rank)`` as ``(out / lanes, rank, lanes)``, the last block filled with zeros."""
+    out, rank = lora_b.shape
+    filled = torch.cat([lora_b, lora_b.new_zeros(-out % lanes, rank)])
+    return filled.view(-1, lanes, rank).transpose(1, 2).contiguous()
 
 
 def fits_kernel(model, adapter: str | None = None) -> bool:

@@ -1,0 +1,56 @@
+/* Vectors of as many floats as the processor takes at a time. */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint8_t octets __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t whole __attribute__((vector_size(4 * LANES)));
+
+INLINE vec load(const float *at) { return *(const vec *)at; }
+INLINE void store(float *at, vec v) { *(vec *)at = v; }
+
+/* a b + c, in this order: the compiler would rather add up products first, with more instructions. */
+INLINE vec multiply_add(vec a, vec b, vec c) {
+#ifdef __AVX512F__
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(vec v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+#endif
+}
+
+/* a where the mask is set, b elsewhere. */
+INLINE vec choose(whole mask, vec a, vec b) {
+    return (vec)(((whole)a & mask) | ((whole)b & ~mask));
+}
+
+/* e^x to about 1e-6: e^(n ln 2 + r), and the Taylor series of e^r for |r| < 0.35. */
+INLINE vec exponential(vec x) {
+    x = choose(x < -87.0f, (vec){0} - 87.0f, choose(x > 88.0f, (vec){0} + 88.0f, x));
+    vec turns = x * 1.44269504f, half = choose(turns < 0.0f, (vec){0} - 0.5f, (vec){0} + 0.5f);
+    whole n = __builtin_convertvector(turns + half, whole);
+    vec r = x - __builtin_convertvector(n, vec) * 0.69314718f;
+    vec series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+    return series * (vec)((n + 127) << 23);
+}
