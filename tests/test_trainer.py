@@ -125,7 +125,12 @@ def test_accumulation_changes_nothing(base_folder, data_file, tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [("--fast_lora", "False"), ("--attn_implementation", "eager"), ("--chunked_loss", "False")],
+    [
+        ("--fast_lora", "False"),
+        ("--attn_implementation", "eager"),
+        ("--chunked_loss", "False"),
+        ("--fused_layers", "False"),
+    ],
 )
 def test_fast_paths_equal_the_slow_ones(base_folder, data_file, tmp_path, words):
     fast = adapter_after(base_folder, data_file, tmp_path / "a", *NO_NOISE)

@@ -2,7 +2,8 @@
 
 Transformers builds an ``(N, N)`` mask for a packed row, so that the cost grows with the square of
 the whole micro-batch.  Here examples of similar length are laid beside each other for one call of
-PyTorch's causal kernel, without a mask, and laid back behind each other afterwards.  The model is
+PyTorch's causal kernel, without a mask, or of two matrix products (``matrix_attention.py``), and laid
+back behind each other afterwards.  The model is
 told by ``cu_seq_lens_q``, the same keyword that flash-attention kernels take.
 """
 
@@ -14,6 +15,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from tinyllm import matrix_attention
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -49,11 +52,20 @@ def packed_sdpa(
         q, k, v = (
             Move.apply(s, group.source, group.place, None).unflatten(0, group.shape) for s in flat
         )
-        q, k, v = (states.transpose(1, 2).to(kernel_dtype(query)) for states in (q, k, v))
-        attended = sdpa_attention_forward(module, q, k, v, _window_mask(q, window), **kwargs)[0]
-        outputs.append(attended.flatten(0, 1).to(query.dtype))
+        outputs.append(_attend(module, q, k, v, window, kwargs).flatten(0, 1).to(query.dtype))
     beside = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return Move.apply(beside, layout.place, layout.source, layout.padding)[None], None
+
+
+def _attend(module, query, key, value, window: int | None, kwargs: dict) -> torch.Tensor:
+    """Examples ``(B, T, num_heads, head_dim)`` beside each other, by what is fastest for them."""
+    if matrix_attention.suits(query, kwargs.get("dropout", 0.0)):
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return matrix_attention.attend(query, key, value, scale, window)
+    query, key, value = (s.transpose(1, 2).to(kernel_dtype(query)) for s in (query, key, value))
+    return sdpa_attention_forward(module, query, key, value, _window_mask(query, window), **kwargs)[
+        0
+    ]
 
 
 def kernel_dtype(query: torch.Tensor) -> torch.dtype:

@@ -15,60 +15,45 @@ CPU multiplies that in hardware (as under autocast), else in float32, which is f
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
+from tinyllm.dropout import Dropout
 from tinyllm.native_bf16 import cpu_multiplies_bf16
-
-LANES = 4  # 16-bit random numbers in one 64-bit draw
-LANE_VALUES = 1 << 16
-
-
-def dropout_mask(shape: torch.Size, p: float) -> torch.Tensor:
-    """Independent keep/drop decisions, ``shape`` uint8, 1 with probability ``1 - p``.
-
-    One 64-bit number of PyTorch's generator decides four elements by 16 bits each, so ``p`` is
-    rounded to a multiple of 1/65536.  The generator is the one that a checkpoint stores.
-    """
-    size = shape.numel()
-    draws = torch.empty((size + LANES - 1) // LANES, dtype=torch.int64).random_(-(1 << 63), None)
-    threshold = round(p * LANE_VALUES) - LANE_VALUES // 2
-    # NumPy compares 16-bit integers several times faster than PyTorch does on a CPU
-    kept = draws.view(torch.int16)[:size].numpy() >= threshold
-    return torch.from_numpy(kept.view(np.uint8)).view(shape)
 
 
 class LoraLinear(torch.autograd.Function):
-    """``y = x Wᵀ + b + scale · (x ∘ mask) Aᵀ Bᵀ`` with a frozen ``W``."""
+    """``y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ`` with a frozen ``W``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, mask, scale):
-        """``x`` (N, in) → (N, out); ``mask`` (N, in) uint8 or None."""
+    def forward(ctx, x, weight, bias, lora_a, lora_b, dropout, scale):
+        """``x`` (N, in) → (N, out); ``dropout`` a :class:`Dropout` or None."""
         dtype = product_dtype(x, lora_a)
-        low = F.linear(_masked(x, mask).to(dtype), lora_a.to(dtype))
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        low = F.linear(_dropped(x, dropout).to(dtype), a)
         y = F.linear(x, weight, bias)
-        y.addmm_(low.to(y.dtype), lora_b.t().to(y.dtype), alpha=scale)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, mask, low)
-        ctx.scale = scale
+        y.addmm_(low.to(y.dtype), b.t().to(y.dtype), alpha=scale)
+        ctx.save_for_backward(x, weight, a, b, low)
+        ctx.dropout, ctx.scale, ctx.types = dropout, scale, (lora_a.dtype, lora_b.dtype)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, lora_a, lora_b, mask, low = ctx.saved_tensors
+        x, weight, a, b, low = ctx.saved_tensors
         dtype = low.dtype
         grad_full = grad.to(dtype)
-        grad_low = (grad_full @ lora_b.to(dtype)).mul_(ctx.scale)
-        grad_b = (grad_full.t() @ low).to(lora_b.dtype).mul_(ctx.scale)
-        grad_a = (grad_low.t() @ _masked(x, mask).to(dtype)).to(lora_a.dtype)
+        grad_low = (grad_full @ b).mul_(ctx.scale)
+        grad_b = (grad_full.t() @ low).to(ctx.types[1]).mul_(ctx.scale)
+        grad_a = (grad_low.t() @ _dropped(x, ctx.dropout).to(dtype)).to(ctx.types[0])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            through_lora = grad_low @ lora_a.to(dtype)
-            if mask is not None:
-                through_lora.mul_(mask)
-            grad_x = (grad @ weight).add_(through_lora)
+            grad_x, through_lora = grad @ weight, grad_low @ a
+            if ctx.dropout is None:
+                grad_x.add_(through_lora)
+            else:
+                grad_x = ctx.dropout.add(grad_x, through_lora)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -78,8 +63,8 @@ def product_dtype(x: torch.Tensor, lora_a: torch.Tensor) -> torch.dtype:
     return x.dtype if native else lora_a.dtype
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x * mask
+def _dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    return x if dropout is None else dropout.of(x)
 
 
 class FastLoraLinear(PeftLinear):
@@ -91,11 +76,10 @@ class FastLoraLinear(PeftLinear):
         name = self.active_adapters[0]
         p = getattr(self.lora_dropout[name], "p", 0.0)
         flat = x.reshape(-1, x.shape[-1])
-        mask = dropout_mask(flat.shape, p) if p else None
         y = LoraLinear.apply(
             flat, self.base_layer.weight, self.base_layer.bias,
             self.lora_A[name].weight, self.lora_B[name].weight,
-            mask, self.scaling[name] / (1.0 - p),
+            Dropout(p) if p else None, self.scaling[name] / (1.0 - p),
         )  # fmt: skip
         return y.view(*x.shape[:-1], -1)
 

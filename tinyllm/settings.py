@@ -237,6 +237,9 @@ class SftArguments(TrainingArguments):
     chunked_loss: bool = setting(
         True, "Compute the loss under a frozen head a few positions at a time; False all at once."
     )
+    fused_layers: bool = setting(
+        True, "On a CPU, compute norms and gates in compiled code; False: transformers' own."
+    )
     fill_rows: bool = setting(
         True,
         "On a CPU in bfloat16, fill micro-batches up to a multiple of 64 tokens, with no effect on "

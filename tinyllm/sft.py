@@ -18,6 +18,7 @@ from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
+from tinyllm.fused_layers import use_fused_layers
 from tinyllm.interrupt import NeverStop
 from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters, describe_adapter
@@ -163,6 +164,9 @@ def show_preview(settings: Settings, tokenizer, data: Data) -> None:
 
 def prepare_model(settings: Settings, model):
     """LoRA around the base, or the base itself with every weight trainable."""
+    args = settings.training
+    if args.fused_layers and args.device.type == "cpu" and not is_sharded(args):
+        use_fused_layers(model)
     if not settings.lora.use_lora:
         return model
     if is_sharded(settings.training) and settings.lora.fast_lora:

@@ -1,0 +1,157 @@
+"""The compiled steps between products give what transformers' layers and NumPy give."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from tinyllm import dropout
+from tinyllm.dropout import Dropout, mask
+from tinyllm.fast_lora import use_fast_lora
+from tinyllm.fused_layers import FusedMlp, FusedNorm, use_fused_layers
+from tinyllm.native import pointwise
+from tinyllm.native.pointwise import RmsNorm, SiluGate
+
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=["", "-mno-avx512f", "-mno-avx2 -mno-avx512f", "-mno-avx512bf16"])
+def compiled(request, tmp_path_factory, monkeypatch):
+    """The library, for several kinds of processor."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.getbasetemp() / "compiled"  # each kind once
+    monkeypatch.setenv("CC", f"{compiler} {request.param}".strip())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    pointwise.library.cache_clear()
+    if pointwise.library() is None:
+        pytest.skip(f"the compiler does not take {request.param}")
+    yield pointwise.library()
+    pointwise.library.cache_clear()
+
+
+def close_to(found, expected):
+    """In bfloat16 to the last bit or, where sums were rounded in another order, one off."""
+    exact = {"atol": 2e-6, "rtol": 2e-6}
+    coarse = {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(
+        found, expected, **(exact if found.dtype == torch.float32 else coarse)
+    )
+    if found.dtype == torch.bfloat16:
+        assert (found == expected).double().mean() > 0.97
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_norm(compiled, dtype):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(80, eps=1e-5)
+    norm.weight.data = torch.rand(80) + 0.5
+    norm = norm.to(dtype).requires_grad_(False)
+    x = (3 * torch.randn(2, 301, 80)).to(dtype)
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = norm(first), RmsNorm.apply(second, norm.weight, norm.variance_epsilon)
+    close_to(found, expected)
+    grad = torch.randn(2, 301, 80).to(dtype)
+    expected.backward(grad)
+    found.backward(grad.transpose(0, 1).contiguous().transpose(0, 1))
+    close_to(second.grad, first.grad)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [3, 500])
+def test_gate(compiled, dtype, rows):
+    torch.manual_seed(0)
+    gate, up, grad = ((4 * torch.randn(rows, 96)).to(dtype) for _ in range(3))
+    gate[0, :6] = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e4, -1e4]).to(dtype)
+    inputs = [[t.clone().requires_grad_() for t in (gate, up)] for _ in range(2)]
+    expected = torch.nn.functional.silu(inputs[0][0]) * inputs[0][1]
+    found = SiluGate.apply(*inputs[1])
+    close_to(found, expected)
+    expected.backward(grad)
+    found.backward(grad)
+    for a, b in zip(inputs[1], inputs[0], strict=True):
+        close_to(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 7, 400])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.99999])
+def test_dropout_is_numpys(compiled, dtype, rows, p):
+    torch.manual_seed(0)
+    x, y = torch.randn(rows, 48).to(dtype) + 3, torch.randn(rows, 48).to(dtype)
+    drop = Dropout(p)
+    kept = x * mask(x.shape, drop.seed, drop.threshold)
+    assert torch.equal(drop.of(x), kept)
+    assert torch.equal(drop.add(y.clone(), x.clone()), y + kept)
+
+
+def test_without_a_compiler_the_same_is_dropped(monkeypatch):
+    x, drop = torch.randn(40, 33), Dropout(0.3)
+    expected = drop.of(x), drop.add(torch.ones(40, 33), x.clone())
+    monkeypatch.setattr(dropout.pointwise, "takes", lambda *tensors: False)
+    assert torch.equal(drop.of(x), expected[0])
+    assert torch.equal(drop.add(torch.ones(40, 33), x.clone()), expected[1])
+
+
+def test_broken_numbers_stay_broken(compiled):
+    """A loss that is no number must not become one on the way."""
+    for value in (float("nan"), float("inf")):
+        x = torch.ones(2, 32, dtype=torch.bfloat16)
+        x[1, 3] = value
+        assert not RmsNorm.apply(x, x[0], 1e-5)[1].isfinite().all()
+        assert not SiluGate.apply(x, x)[1, 3].isfinite()
+        y = torch.zeros(2, 32, dtype=torch.bfloat16)
+        pointwise.add_kept(y, x, 5, 0)
+        assert not y[1, 3].isfinite()
+
+
+def make(name: str):
+    torch.manual_seed(0)
+    if name == "llama":
+        return make_model()
+    config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}[name](
+        vocab_size=480, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_whole_models_have_the_same_loss_and_gradients(name, dtype):
+    if pointwise.library() is None:
+        pytest.skip("no C compiler")
+    models = []
+    for fused in (False, True):
+        base = make(name).to(dtype)
+        if fused:
+            number = use_fused_layers(base)
+            assert number == sum(isinstance(m, FusedNorm | FusedMlp) for m in base.modules())
+            assert number >= 2 * 2 + 1 + 2
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        use_fast_lora(config)
+        torch.manual_seed(1)
+        models.append(get_peft_model(base, config).train())
+    ids = torch.randint(5, 480, (2, 19))
+    losses = [model(input_ids=ids, labels=ids).loss for model in models]
+    for loss in losses:
+        loss.backward()
+    close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 8e-2}
+    torch.testing.assert_close(losses[0], losses[1], **close)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, **close)
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+
+
+def test_trained_norms_keep_their_gradient():
+    model = make_model()
+    use_fused_layers(model)
+    ids = torch.randint(5, 480, (2, 19))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,0 +1,189 @@
+/* What a training step does between its matrix products, in one pass over memory each: dropout, RMS norm and
+ * the gate of the MLP, forwards and backwards.  Numbers are float32 or bfloat16 (half set); arithmetic
+ * is float32, rounded to bfloat16 where transformers' own layers round.
+ * Compiled by code.py; the Python side is pointwise.py.
+ */
+#include "vectors.h"
+
+#define SHARE 16384 /* numbers that are worth another thread */
+#define DRAWS 8    /* 64-bit random numbers at a time, four decisions each */
+
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+INLINE vec widen(shorts halves) {
+#ifdef __AVX512F__ /* one instruction instead of the four that GCC makes of the general line */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#else
+    return (vec)(__builtin_convertvector(halves, words) << 16);
+#endif
+}
+
+/* To bfloat16: to the nearest, ties to even. */
+INLINE shorts narrow(vec v) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    return (shorts)_mm512_cvtneps_pbh((__m512)v);
+#else
+    words bits = (words)v;
+    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, shorts);
+#endif
+}
+
+INLINE vec get(const void *at, int64_t i, const int half) {
+    return half ? widen(*(const shorts *)((const uint16_t *)at + i)) : load((const float *)at + i);
+}
+
+INLINE void put(void *at, int64_t i, vec v, const int half) {
+    if (half) *(shorts *)((uint16_t *)at + i) = narrow(v);
+    else store((float *)at + i, v);
+}
+
+INLINE vec rounded(vec v, const int half) { return half ? widen(narrow(v)) : v; }
+
+INLINE float widened(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint16_t narrowed(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* The i-th number of a stream: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+ * number generators", figure 14), whose state after i steps is a product. */
+INLINE uint64_t draw(uint64_t seed, uint64_t i) {
+    uint64_t z = seed + (i + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* Of numbers i to i + num, put those that are kept (else 0) into y, or add them to it. */
+INLINE void keep_block(const void *x, void *y, int64_t i, int num, uint64_t seed, uint32_t threshold,
+                       const int add, const int half) {
+    uint64_t draws[DRAWS];
+    uint16_t decisions[4 * DRAWS];
+    for (int j = 0; j < DRAWS; j++) draws[j] = draw(seed, i / 4 + j);
+    memcpy(decisions, draws, sizeof draws);
+    const uint16_t *halves = (const uint16_t *)x + i;
+    const float *floats = (const float *)x + i;
+    for (int j = 0; j < num; j++) {
+        if (half) {
+            uint16_t kept = decisions[j] >= threshold ? halves[j] : 0, *to = (uint16_t *)y + i + j;
+            *to = add ? narrowed(widened(*to) + widened(kept)) : kept;
+        } else {
+            float kept = decisions[j] >= threshold ? floats[j] : 0.0f, *to = (float *)y + i + j;
+            *to = add ? *to + kept : kept;
+        }
+    }
+}
+
+INLINE void keep_all(const void *x, void *y, int64_t n, uint64_t seed, uint32_t threshold, const int add,
+                     const int half) {
+    const int size = 4 * DRAWS; /* known to the compiler, so that whole blocks become vectors */
+#pragma omp parallel for schedule(static) if (n > SHARE)
+    for (int64_t block = 0; block < n / size; block++)
+        keep_block(x, y, block * size, size, seed, threshold, add, half);
+    if (n % size) keep_block(x, y, n - n % size, n % size, seed, threshold, add, half);
+}
+
+/* y = x where number i of the stream decides so, else 0.  `threshold` of 65536 are dropped. */
+void keep(const void *x, void *y, int64_t n, uint64_t seed, uint32_t threshold, int32_t half) {
+    if (half) keep_all(x, y, n, seed, threshold, 0, 1);
+    else keep_all(x, y, n, seed, threshold, 0, 0);
+}
+
+/* y += what `keep` keeps of x. */
+void add_kept(const void *x, void *y, int64_t n, uint64_t seed, uint32_t threshold, int32_t half) {
+    if (half) keep_all(x, y, n, seed, threshold, 1, 1);
+    else keep_all(x, y, n, seed, threshold, 1, 0);
+}
+
+/* One row of a norm; size is a multiple of LANES.  Returns 1 / sqrt(mean(x^2) + eps). */
+INLINE float norm_row(const void *x, const void *w, void *y, int64_t at, int size, float eps, const int half) {
+    vec squares = {0};
+    for (int i = 0; i < size; i += LANES) {
+        vec v = get(x, at + i, half);
+        squares = multiply_add(v, v, squares);
+    }
+    float factor = 1.0f / sqrtf(sum(squares) / size + eps);
+    for (int i = 0; i < size; i += LANES)
+        put(y, at + i, get(w, i, half) * rounded(get(x, at + i, half) * factor, half), half);
+    return factor;
+}
+
+INLINE void norm_all(const void *x, const void *w, void *y, float *factors, int64_t rows, int size, float eps,
+                     const int half) {
+#pragma omp parallel for schedule(static) if (rows * size > SHARE)
+    for (int64_t row = 0; row < rows; row++) factors[row] = norm_row(x, w, y, row * size, size, eps, half);
+}
+
+/* y = w x f, row by row, and the factors f. */
+void norm_forward(const void *x, const void *w, void *y, float *factors, int64_t rows, int32_t size, float eps,
+                  int32_t half) {
+    if (half) norm_all(x, w, y, factors, rows, size, eps, 1);
+    else norm_all(x, w, y, factors, rows, size, eps, 0);
+}
+
+/* dx = f (w g - n mean(w g n)) with n = f x. */
+INLINE void norm_row_back(const void *g, const void *x, const void *w, void *dx, int64_t at, int size,
+                          float factor, const int half) {
+    vec products = {0};
+    for (int i = 0; i < size; i += LANES)
+        products += rounded(get(w, i, half) * get(g, at + i, half), half) * get(x, at + i, half);
+    float mean = factor * factor * sum(products) / size;
+    for (int i = 0; i < size; i += LANES) {
+        vec scaled = rounded(get(w, i, half) * get(g, at + i, half), half);
+        put(dx, at + i, factor * (scaled - mean * get(x, at + i, half)), half);
+    }
+}
+
+INLINE void norm_all_back(const void *g, const void *x, const void *w, const float *factors, void *dx,
+                          int64_t rows, int size, const int half) {
+#pragma omp parallel for schedule(static) if (rows * size > SHARE)
+    for (int64_t row = 0; row < rows; row++) norm_row_back(g, x, w, dx, row * size, size, factors[row], half);
+}
+
+void norm_backward(const void *g, const void *x, const void *w, const float *factors, void *dx, int64_t rows,
+                   int32_t size, int32_t half) {
+    if (half) norm_all_back(g, x, w, factors, dx, rows, size, 1);
+    else norm_all_back(g, x, w, factors, dx, rows, size, 0);
+}
+
+INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(0.0f - x)); }
+
+INLINE void gate_all(const void *gate, const void *up, void *y, int64_t n, const int half) {
+#pragma omp parallel for schedule(static) if (n > SHARE)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = get(gate, i, half);
+        put(y, i, rounded(x * sigmoid(x), half) * get(up, i, half), half);
+    }
+}
+
+/* y = silu(gate) up; n is a multiple of LANES. */
+void gate_forward(const void *gate, const void *up, void *y, int64_t n, int32_t half) {
+    if (half) gate_all(gate, up, y, n, 1);
+    else gate_all(gate, up, y, n, 0);
+}
+
+INLINE void gate_all_back(const void *g, const void *gate, const void *up, void *d_gate, void *d_up, int64_t n,
+                          const int half) {
+#pragma omp parallel for schedule(static) if (n > SHARE)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = get(gate, i, half), given = get(g, i, half), share = sigmoid(x);
+        vec inside = rounded(given * get(up, i, half), half);
+        put(d_up, i, given * rounded(x * share, half), half);
+        put(d_gate, i, inside * share * (1.0f + x * (1.0f - share)), half);
+    }
+}
+
+void gate_backward(const void *g, const void *gate, const void *up, void *d_gate, void *d_up, int64_t n,
+                   int32_t half) {
+    if (half) gate_all_back(g, gate, up, d_gate, d_up, n, 1);
+    else gate_all_back(g, gate, up, d_gate, d_up, n, 0);
+}
+
+int32_t lanes(void) { return LANES; }

@@ -1,0 +1,123 @@
+"""``pointwise.c`` for tensors: what a training step on a CPU does between its matrix products.
+
+The library is compiled at its first use; without a compiler :func:`library` gives None, and whoever
+calls has another way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from tinyllm.native import code
+
+SOURCE = Path(__file__).with_name("pointwise.c")
+TYPES = (torch.float32, torch.bfloat16)
+POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+ARGUMENTS = {
+    "keep": [POINTER, POINTER, NUMBER, ctypes.c_uint64, ctypes.c_uint32, INT],
+    "add_kept": [POINTER, POINTER, NUMBER, ctypes.c_uint64, ctypes.c_uint32, INT],
+    "norm_forward": [POINTER] * 4 + [NUMBER, INT, ctypes.c_float, INT],
+    "norm_backward": [POINTER] * 5 + [NUMBER, INT, INT],
+    "gate_forward": [POINTER] * 3 + [NUMBER, INT],
+    "gate_backward": [POINTER] * 5 + [NUMBER, INT],
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot be had."""
+    found = code.load(SOURCE, SOURCE.with_name("vectors.h"))
+    if found is None:
+        return None
+    for name, types in ARGUMENTS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
+    found.lanes.restype = INT
+    return found
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the code reads these: on a CPU, of one type that it knows, in rows of whole vectors."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in TYPES
+        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and (found := library()) is not None
+        and first.shape[-1] % found.lanes() == 0
+    )
+
+
+def _half(tensor: torch.Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def keep(x: torch.Tensor, seed: int, threshold: int) -> torch.Tensor:
+    """``x`` with about ``threshold`` of 65,536 of its elements set to 0, chosen by the seed."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    library().keep(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold, _half(x))
+    return y
+
+
+def add_kept(y: torch.Tensor, x: torch.Tensor, seed: int, threshold: int) -> None:
+    """Add to ``y`` (contiguous) in place what :func:`keep` keeps of ``x``."""
+    x = x.contiguous()
+    assert y.is_contiguous() and y.shape == x.shape and y.dtype == x.dtype
+    library().add_kept(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold, _half(x))
+
+
+class RmsNorm(torch.autograd.Function):
+    """``w x / sqrt(mean(x²) + eps)`` over the last dimension, rounded where transformers' layers round
+    (Zhang and Sennrich 2019, arXiv:1910.07467); ``w`` is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        """``x`` (..., H), ``weight`` (H,) of the same type → (..., H)."""
+        x = x.contiguous()
+        y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
+        factors = torch.empty(rows)
+        library().norm_forward(
+            x.data_ptr(), weight.data_ptr(), y.data_ptr(), factors.data_ptr(), rows, x.shape[-1],
+            eps, _half(x),
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, factors)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, factors = ctx.saved_tensors
+        grad, dx = grad.contiguous(), torch.empty_like(x)
+        library().norm_backward(
+            grad.data_ptr(), x.data_ptr(), weight.data_ptr(), factors.data_ptr(), dx.data_ptr(),
+            len(factors), x.shape[-1], _half(x),
+        )  # fmt: skip
+        return dx, None, None
+
+
+class SiluGate(torch.autograd.Function):
+    """``silu(gate) ∘ up`` (Shazeer 2020, arXiv:2002.05202)."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        """``gate`` and ``up`` of one shape and type, which is the result's."""
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        library().gate_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _half(y))
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad, d_gate, d_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        library().gate_backward(
+            grad.data_ptr(), gate.data_ptr(), up.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(),
+            grad.numel(), _half(grad),
+        )  # fmt: skip
+        return d_gate, d_up
