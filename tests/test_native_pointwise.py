@@ -47,16 +47,17 @@ def close_to(found, expected):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_norm(compiled, dtype):
+@pytest.mark.parametrize("size", [80, 120, 7])
+def test_norm(compiled, dtype, size):
     torch.manual_seed(0)
-    norm = LlamaRMSNorm(80, eps=1e-5)
-    norm.weight.data = torch.rand(80) + 0.5
+    norm = LlamaRMSNorm(size, eps=1e-5)
+    norm.weight.data = torch.rand(size) + 0.5
     norm = norm.to(dtype).requires_grad_(False)
-    x = (3 * torch.randn(2, 301, 80)).to(dtype)
+    x = (3 * torch.randn(2, 301, size)).to(dtype)
     first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected, found = norm(first), RmsNorm.apply(second, norm.weight, norm.variance_epsilon)
     close_to(found, expected)
-    grad = torch.randn(2, 301, 80).to(dtype)
+    grad = torch.randn(2, 301, size).to(dtype)
     expected.backward(grad)
     found.backward(grad.transpose(0, 1).contiguous().transpose(0, 1))
     close_to(second.grad, first.grad)
@@ -83,7 +84,7 @@ def test_gate(compiled, dtype, rows):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.99999])
 def test_dropout_is_numpys(compiled, dtype, rows, p):
     torch.manual_seed(0)
-    x, y = torch.randn(rows, 48).to(dtype) + 3, torch.randn(rows, 48).to(dtype)
+    x, y = torch.randn(rows, 51).to(dtype) + 3, torch.randn(rows, 51).to(dtype)
     drop = Dropout(p)
     kept = x * mask(x.shape, drop.seed, drop.threshold)
     assert torch.equal(drop.of(x), kept)

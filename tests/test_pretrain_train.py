@@ -190,6 +190,11 @@ def test_time_budget_moves_the_decay_forward():
     assert rate_factor(settings, Progress(step=100, seconds=540)) == pytest.approx(0.4)
 
 
+def test_without_a_decay_the_rate_stays():
+    settings = Settings(max_steps=100, warmup_steps=10, stage="full", decay_share=0.0)
+    assert {rate_factor(settings, Progress(step=s)) for s in range(10, 100)} == {1.0}
+
+
 def losses_of(run, num_steps):
     return [run.train_step() for _ in range(num_steps)]
 

@@ -36,8 +36,9 @@ class FusedMlp(nn.Module):
         if not _suits(x):
             return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        inside = SiluGate.apply(gate, up) if _suits(gate, up) else self.act_fn(gate) * up
-        return self.down_proj(inside)
+        if not (_suits(gate, up) and pointwise.fills_vectors(gate)):
+            return self.down_proj(self.act_fn(gate) * up)
+        return self.down_proj(SiluGate.apply(gate, up))
 
 
 def _suits(*tensors: torch.Tensor) -> bool:

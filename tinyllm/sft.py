@@ -24,6 +24,7 @@ from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters, describe_adapter
 from tinyllm.lora_start import keep_start
 from tinyllm.memory import peak_bytes
+from tinyllm.native.heap import keep_freed_memory
 from tinyllm.plan import describe as describe_plan
 from tinyllm.plan import leaving_no_folder, make_plan
 from tinyllm.precision import choose_dtype
@@ -165,8 +166,10 @@ def show_preview(settings: Settings, tokenizer, data: Data) -> None:
 def prepare_model(settings: Settings, model):
     """LoRA around the base, or the base itself with every weight trainable."""
     args = settings.training
-    if args.fused_layers and args.device.type == "cpu" and not is_sharded(args):
-        use_fused_layers(model)
+    if args.device.type == "cpu":
+        keep_freed_memory()
+        if args.fused_layers and not is_sharded(args):
+            use_fused_layers(model)
     if not settings.lora.use_lora:
         return model
     if is_sharded(settings.training) and settings.lora.fast_lora:

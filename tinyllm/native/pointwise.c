@@ -37,6 +37,19 @@ INLINE void put(void *at, int64_t i, vec v, const int half) {
     else store((float *)at + i, v);
 }
 
+/* Fewer than LANES numbers, the rest 0. */
+INLINE vec get_some(const void *at, int64_t i, int num, const int half) {
+    char lanes[4 * LANES] = {0};
+    memcpy(lanes, (const char *)at + i * (half ? 2 : 4), num * (half ? 2 : 4));
+    return get(lanes, 0, half);
+}
+
+INLINE void put_some(void *at, int64_t i, int num, vec v, const int half) {
+    char lanes[4 * LANES];
+    put(lanes, 0, v, half);
+    memcpy((char *)at + i * (half ? 2 : 4), lanes, num * (half ? 2 : 4));
+}
+
 INLINE vec rounded(vec v, const int half) { return half ? widen(narrow(v)) : v; }
 
 INLINE float widened(uint16_t half) {
@@ -102,16 +115,16 @@ void add_kept(const void *x, void *y, int64_t n, uint64_t seed, uint32_t thresho
     else keep_all(x, y, n, seed, threshold, 1, 0);
 }
 
-/* One row of a norm; size is a multiple of LANES.  Returns 1 / sqrt(mean(x^2) + eps). */
+/* One row of a norm.  Returns 1 / sqrt(mean(x^2) + eps). */
 INLINE float norm_row(const void *x, const void *w, void *y, int64_t at, int size, float eps, const int half) {
-    vec squares = {0};
-    for (int i = 0; i < size; i += LANES) {
-        vec v = get(x, at + i, half);
-        squares = multiply_add(v, v, squares);
-    }
+    vec squares = {0}, v;
+    int i = 0, rest = size % LANES;
+    for (; i + LANES <= size; i += LANES) v = get(x, at + i, half), squares = multiply_add(v, v, squares);
+    if (rest) v = get_some(x, at + i, rest, half), squares = multiply_add(v, v, squares);
     float factor = 1.0f / sqrtf(sum(squares) / size + eps);
-    for (int i = 0; i < size; i += LANES)
+    for (i = 0; i + LANES <= size; i += LANES)
         put(y, at + i, get(w, i, half) * rounded(get(x, at + i, half) * factor, half), half);
+    if (rest) put_some(y, at + i, rest, get_some(w, i, rest, half) * rounded(v * factor, half), half);
     return factor;
 }
 
@@ -131,12 +144,20 @@ void norm_forward(const void *x, const void *w, void *y, float *factors, int64_t
 /* dx = f (w g - n mean(w g n)) with n = f x. */
 INLINE void norm_row_back(const void *g, const void *x, const void *w, void *dx, int64_t at, int size,
                           float factor, const int half) {
-    vec products = {0};
-    for (int i = 0; i < size; i += LANES)
-        products += rounded(get(w, i, half) * get(g, at + i, half), half) * get(x, at + i, half);
+    vec products = {0}, scaled, v;
+    int i = 0, rest = size % LANES;
+    for (; i + LANES <= size; i += LANES) {
+        scaled = rounded(get(w, i, half) * get(g, at + i, half), half);
+        products = multiply_add(scaled, get(x, at + i, half), products);
+    }
+    if (rest) {
+        scaled = rounded(get_some(w, i, rest, half) * get_some(g, at + i, rest, half), half);
+        v = get_some(x, at + i, rest, half), products = multiply_add(scaled, v, products);
+    }
     float mean = factor * factor * sum(products) / size;
-    for (int i = 0; i < size; i += LANES) {
-        vec scaled = rounded(get(w, i, half) * get(g, at + i, half), half);
+    if (rest) put_some(dx, at + i, rest, factor * (scaled - mean * v), half);
+    for (i = 0; i + LANES <= size; i += LANES) {
+        scaled = rounded(get(w, i, half) * get(g, at + i, half), half);
         put(dx, at + i, factor * (scaled - mean * get(x, at + i, half)), half);
     }
 }
@@ -163,7 +184,7 @@ INLINE void gate_all(const void *gate, const void *up, void *y, int64_t n, const
     }
 }
 
-/* y = silu(gate) up; n is a multiple of LANES. */
+/* y = silu(gate) up; n is a multiple of `lanes`. */
 void gate_forward(const void *gate, const void *up, void *y, int64_t n, int32_t half) {
     if (half) gate_all(gate, up, y, n, 1);
     else gate_all(gate, up, y, n, 0);

@@ -41,15 +41,19 @@ def library() -> ctypes.CDLL | None:
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the code reads these: on a CPU, of one type that it knows, in rows of whole vectors."""
+    """Whether the code reads these: on a CPU, all of one type that it knows."""
     first = tensors[0]
     return (
         first.device.type == "cpu"
         and first.dtype in TYPES
         and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-        and (found := library()) is not None
-        and first.shape[-1] % found.lanes() == 0
+        and library() is not None
     )
+
+
+def fills_vectors(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a multiple of the processor's lanes of elements."""
+    return tensor.numel() % library().lanes() == 0
 
 
 def _half(tensor: torch.Tensor) -> int:
@@ -101,7 +105,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class SiluGate(torch.autograd.Function):
-    """``silu(gate) ∘ up`` (Shazeer 2020, arXiv:2002.05202)."""
+    """``silu(gate) ∘ up`` (Shazeer 2020, arXiv:2002.05202) of tensors that :func:`fills_vectors`."""
 
     @staticmethod
     def forward(ctx, gate, up):

@@ -31,7 +31,8 @@ def rate_factor(settings: Settings, progress: Progress) -> float:
         return warmup
     done = fraction_done(settings, progress)
     share = 1.0 if settings.stage == "decay" else settings.decay_share
-    return max(0.01, min(warmup, (1 - done) / share))
+    left = (1 - done) / share if share else 1.0  # without a decay the rate stays
+    return max(0.01, min(warmup, left))
 
 
 def seconds_left(settings: Settings, progress: Progress, seconds_per_step: float) -> float:
