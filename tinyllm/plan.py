@@ -126,14 +126,13 @@ def can_calibrate(trainer) -> bool:
 
 
 def calibrate(trainer, train) -> tuple[float, float]:
-    """Run a small and a usual micro-batch: seconds a token, and bytes a token kept for backward.
+    """Run a usual micro-batch twice: seconds a token, and bytes a token kept for backward.
 
     The logits are not among the bytes.  Dropout's random numbers are the same afterwards.
     """
     args, number = trainer.args, min(len(train), trainer.args.per_device_train_batch_size)
     batch = collate([train[i * len(train) // number] for i in range(number)])
     usual = _on_device(next(split(batch, trainer.tokens_per_micro_batch)), args.device)
-    small = _on_device(next(split(batch, 1)), args.device)
     devices = [args.device] if args.device.type == "cuda" else []
     was_training = trainer.model.training
     if args.gradient_checkpointing:  # as the Trainer does when it starts
@@ -141,8 +140,7 @@ def calibrate(trainer, train) -> tuple[float, float]:
     trainer.model.train()
     try:
         with torch.random.fork_rng(devices):
-            saved = count_saved(trainer, small)
-            _one_pass(trainer, usual)  # the first of its size warms up
+            saved = count_saved(trainer, usual)  # the first of its size also warms up
             started = time.perf_counter()
             _one_pass(trainer, usual)
             pace = (time.perf_counter() - started) / len(usual["input_ids"])
