@@ -90,7 +90,11 @@ def megabytes(pair: Pair) -> tuple[float, float]:
     """
     import torch
 
-    kept = [stored.weight.nbytes for stored in pair.maker.compact.copies.values()]
+    if pair.maker.compact is None:
+        raise UserError(
+            "there is no C compiler here, so the engine to be measured is not the fast one"
+        )
+    kept = [stored.weight.nbytes for _, stored in pair.maker.compact.copies.values()]
     adapter = [p.nbytes for name, p in pair.lora.named_parameters() if "lora_" in name]
     linear = [m.weight.nbytes for m in pair.model.modules() if isinstance(m, torch.nn.Linear)]
     return sum(kept + adapter) / 1e6, sum(linear) / 1e6

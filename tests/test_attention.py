@@ -119,5 +119,9 @@ def test_packed_attention_by_products_equals_each_alone(monkeypatch):
     monkeypatch.setattr(matrix_attention, "suits", lambda *of: used.append(of) or True)
     (second(**model_inputs(batch, True)).logits[0] * weights).sum().backward()
     assert used
+    number = len(used)
+    use_packed_attention(second, products=False)
+    second(**model_inputs(batch, True))
+    assert len(used) == number
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)

@@ -87,6 +87,6 @@ def test_the_kernel_reads_every_form(flags, packs, hidden, tmp_path, monkeypatch
     for start, end in ((0, 9), (9, 10), (10, 11)):
         found = reader.read(ids[start:end], start)[0]
         torch.testing.assert_close(found, expected[end - 1], rtol=1e-4, atol=1e-4)
-    kinds = {stored.kind for stored in compact.copies.values()}
+    kinds = {stored.kind for _, stored in compact.copies.values()}
     if hidden == 256:
         assert kinds == {PACKED if packs and library.packs() else HALVES}

@@ -65,9 +65,9 @@ def dropout_mask(shape: torch.Size, p: float) -> torch.Tensor:
 
 def test_dropout_is_one_independent_mask_for_each_element():
     torch.manual_seed(0)
-    mask = dropout_mask(torch.Size((1000, 1000)), 0.1)
-    assert mask.dtype == torch.uint8 and set(mask.unique().tolist()) == {0, 1}
-    kept = mask.double()
+    drawn = dropout_mask(torch.Size((1000, 1000)), 0.1)
+    assert drawn.dtype == torch.uint8 and set(drawn.unique().tolist()) == {0, 1}
+    kept = drawn.double()
     assert abs(kept.mean().item() - 0.9) < 1e-3
     # rows, columns, and the four lanes of one draw do not follow each other
     assert (kept.mean(0) - 0.9).abs().max() < 0.06 and (kept.mean(1) - 0.9).abs().max() < 0.06

@@ -1,6 +1,7 @@
 """The compiled steps between products give what transformers' layers and NumPy give."""
 
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tinyllm import dropout
+from tinyllm.decode.pages import Pages
 from tinyllm.dropout import Dropout, mask
 from tinyllm.fast_lora import use_fast_lora
 from tinyllm.fused_layers import FusedMlp, FusedNorm, use_fused_layers
@@ -122,9 +124,25 @@ def make(name: str):
     return AutoModelForCausalLM.from_config(config)
 
 
+@pytest.fixture
+def used(monkeypatch):
+    """How often each of the fast functions has been called."""
+    calls = Counter()
+
+    def spy(function):
+        real = function.apply
+        monkeypatch.setattr(
+            function, "apply", lambda *of: calls.update([function.__name__]) or real(*of)
+        )
+
+    spy(RmsNorm)
+    spy(SiluGate)
+    return calls
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_whole_models_have_the_same_loss_and_gradients(name, dtype):
+def test_whole_models_have_the_same_loss_and_gradients(name, dtype, used):
     if pointwise.library() is None:
         pytest.skip("no C compiler")
     models = []
@@ -148,6 +166,72 @@ def test_whole_models_have_the_same_loss_and_gradients(name, dtype):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, **close)
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    assert used["SiluGate"] == 2 and used["RmsNorm"] >= 5
+
+
+def test_odd_sizes_and_autocast_take_the_ordinary_way(used):
+    if pointwise.library() is None:
+        pytest.skip("no C compiler")
+    model = make_model(intermediate_size=49)
+    use_fused_layers(model)
+    model(torch.randint(5, 480, (1, 3)))
+    assert not used["SiluGate"]
+    with torch.autocast("cpu", torch.bfloat16):
+        make_fused().forward(torch.randint(5, 480, (1, 16)))
+    assert not used["SiluGate"]
+    make_fused().forward(torch.randint(5, 480, (1, 16)))
+    assert used["SiluGate"] == 2
+
+
+def make_fused():
+    model = make_model().requires_grad_(False)
+    assert use_fused_layers(model) == 7 and use_fused_layers(model) == 0
+    return model
+
+
+def test_layers_of_others_with_the_same_name_are_left_alone():
+    class LlamaMLP(torch.nn.Module):
+        act_fn = torch.nn.SiLU()
+
+    LlamaMLP.__module__ = "transformers_modules.somebody.modeling"
+    assert use_fused_layers(torch.nn.Sequential(LlamaMLP(), torch.nn.RMSNorm(8))) == 0
+
+
+def test_without_a_compiler_or_a_home_nothing_breaks(monkeypatch):
+    from tinyllm.native import code
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(code.Path, "home", no_home)
+    pointwise.library.cache_clear()
+    try:
+        assert pointwise.library() is None
+        model = make_model()
+        assert use_fused_layers(model) == 0 and not pointwise.takes(torch.ones(4))
+    finally:
+        pointwise.library.cache_clear()
+
+
+def test_second_derivatives_are_refused():
+    if pointwise.library() is None:
+        pytest.skip("no C compiler")
+    x = torch.randn(2, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        RmsNorm.apply(x, torch.ones(32), 1e-5).pow(2).sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_large_pages_hold_what_was_put_in():
+    pages = Pages()
+    tensors = [torch.randn(700, 300), torch.arange(5), torch.randn(3000, 3000)]
+    copies = [pages.copy(t) for t in tensors]
+    del pages
+    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+    assert all(c.data_ptr() % 64 == 0 for c in copies)
 
 
 def test_trained_norms_keep_their_gradient():

@@ -10,6 +10,7 @@ told by ``cu_seq_lens_q``, the same keyword that flash-attention kernels take.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from tinyllm import matrix_attention
 
 PACKED_SDPA = "packed_sdpa"
+PACKED_KERNEL = "packed_kernel"  # the same without the products
 
 
 def packed_sdpa(
@@ -28,11 +30,13 @@ def packed_sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    products: bool = True,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each packed example; plain SDPA where nothing is packed (generation).
 
     Args:
+        products: use two matrix products where they are faster than PyTorch's kernel.
         query: ``(1, num_heads, N, head_dim)``.
         key: ``(1, num_key_value_heads, N, head_dim)``.
         value: ``(1, num_key_value_heads, N, head_dim)``.
@@ -52,15 +56,18 @@ def packed_sdpa(
         q, k, v = (
             Move.apply(s, group.source, group.place, None).unflatten(0, group.shape) for s in flat
         )
-        outputs.append(_attend(module, q, k, v, window, kwargs).flatten(0, 1).to(query.dtype))
+        outputs.append(
+            _attend(module, q, k, v, window, products, kwargs).flatten(0, 1).to(query.dtype)
+        )
     beside = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return Move.apply(beside, layout.place, layout.source, layout.padding)[None], None
 
 
-def _attend(module, query, key, value, window: int | None, kwargs: dict) -> torch.Tensor:
+def _attend(module, query, key, value, window, products: bool, kwargs: dict) -> torch.Tensor:
     """Examples ``(B, T, num_heads, head_dim)`` beside each other, by what is fastest for them."""
-    if matrix_attention.suits(query, kwargs.get("dropout", 0.0)):
-        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if products and matrix_attention.suits(query, kwargs.get("dropout", 0.0)):
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         return matrix_attention.attend(query, key, value, scale, window)
     query, key, value = (s.transpose(1, 2).to(kernel_dtype(query)) for s in (query, key, value))
     return sdpa_attention_forward(module, query, key, value, _window_mask(query, window), **kwargs)[
@@ -176,20 +183,26 @@ def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def use_packed_attention(model) -> bool:
-    """Let a model attend within packed examples.
+def use_packed_attention(model, products: bool = True) -> bool:
+    """Let a model attend within packed examples, by products where they are faster or never.
 
     Returns:
         Whether the model can; False leaves it as it was, with transformers' own packed mask.
     """
     if model.config._attn_implementation.startswith("flash_attention"):
         return True
-    if model.config._attn_implementation not in ("sdpa", PACKED_SDPA):
+    if model.config._attn_implementation != "sdpa" and not is_packed(model):
         return False
-    AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-    AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
-    model.set_attn_implementation(PACKED_SDPA)
-    return model.config._attn_implementation == PACKED_SDPA
+    name = PACKED_SDPA if products else PACKED_KERNEL
+    AttentionInterface.register(name, partial(packed_sdpa, products=products))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+    return model.config._attn_implementation == name
+
+
+def is_packed(model) -> bool:
+    """Whether a model attends by :func:`packed_sdpa`."""
+    return model.config._attn_implementation in (PACKED_SDPA, PACKED_KERNEL)
 
 
 # A 4-D mask is handed through by transformers as it is: nothing of size (N, N) is built.

@@ -1,6 +1,6 @@
 """Dropout whose decisions are a function of a seed, so that nothing need be kept for the backward pass.
 
-A mask of PyTorch is drawn, stored and read again; on a CPU drawing it took an eighth of a step.  Here
+A mask of PyTorch is drawn, stored and read again; on a CPU the drawing alone is a good part of a step.  Here
 one number of PyTorch's generator, the one that a checkpoint stores, seeds a stream of SplitMix64
 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), of which each
 64-bit number decides four elements by 16 bits each.  ``pointwise.c`` draws it again whenever it is
@@ -40,7 +40,7 @@ class Dropout:
         if y.is_contiguous() and pointwise.takes(y, x):
             pointwise.add_kept(y, x, self.seed, self.threshold)
             return y
-        return y.add_(x.mul_(self._mask(x.shape)))
+        return y.add_(self.of(x))
 
     def _mask(self, shape: torch.Size) -> torch.Tensor:
         if self.mask is None:

@@ -1,7 +1,7 @@
 """The LoRA path of a linear layer in few passes over memory, for training on a CPU.
 
 peft's own forward walks over the layer's input and output about ten times, and draws dropout masks
-with PyTorch's Bernoulli sampler, which is a fifth of a step on a CPU.  Here forward and backward are
+with PyTorch's Bernoulli sampler, which was a fifth of a step on a CPU (see ``dropout.py``).  Here forward and backward are
 written out once (Hu et al. 2021, arXiv:2106.09685, section 4.1):
 
     y = x Wᵀ + s (x ∘ m) Aᵀ Bᵀ          W frozen (out, in), A (r, in), B (out, r), m the mask
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from tinyllm.dropout import Dropout
 from tinyllm.native_bf16 import cpu_multiplies_bf16
@@ -40,6 +41,7 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, a, b, low = ctx.saved_tensors
         dtype = low.dtype
@@ -97,7 +99,7 @@ class FastLoraLinear(PeftLinear):
             and self.active_adapters[0] in self.lora_A
             and not (self.disable_adapters or self.merged or self.lora_variant)
             and type(self.base_layer) is nn.Linear
-            and not self.base_layer.weight.requires_grad
+            and not any(p.requires_grad for p in self.base_layer.parameters())
             and not self.lora_bias[self.active_adapters[0]]
         )
 

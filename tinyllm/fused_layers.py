@@ -14,7 +14,7 @@ from torch import nn
 from tinyllm.native import pointwise
 from tinyllm.native.pointwise import RmsNorm, SiluGate
 
-# Classes whose forward is literally the one of llama.
+# Classes of transformers whose forward is literally the one of llama.
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 ACTIVATIONS = ("SiLU", "SiLUActivation")
@@ -56,12 +56,20 @@ def use_fused_layers(model: nn.Module) -> int:
         return 0
     number = 0
     for module in model.modules():
-        name = type(module).__name__
-        is_mlp = name in MLPS and type(module.act_fn).__name__ in ACTIVATIONS
-        if name in NORMS or is_mlp:
-            module.__class__ = _fused(type(module), FusedMlp if is_mlp else FusedNorm)
+        if forward := _forward_for(module):
+            module.__class__ = _fused(type(module), forward)
             number += 1
     return number
+
+
+def _forward_for(module: nn.Module) -> type | None:
+    """The faster forward for a layer; None for one that is another, or has it already."""
+    name, origin = type(module).__name__, type(module).__module__
+    if not origin.startswith("transformers.models.") or isinstance(module, FusedNorm | FusedMlp):
+        return None
+    if name in MLPS and type(module.act_fn).__name__ in ACTIVATIONS:
+        return FusedMlp
+    return FusedNorm if name in NORMS else None
 
 
 @functools.cache

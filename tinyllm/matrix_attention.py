@@ -4,6 +4,9 @@ PyTorch's CPU kernel never holds all shares, which pays for long examples, but i
 slower than the products: forward and backward of 16 examples of 48 tokens take 1.1 ms by products
 and 2.4 ms by the kernel in float32, its faster form; 4 of 192 tokens, 2.0 and 5.3 ms
 (`python benchmarks/attention_paths.py`).  Queries that share a key head are one product.
+
+Scores and shares are rounded to bfloat16, as by transformers' `eager` attention in that type; the output's
+relative error is 0.3 % for 48 tokens, and 0.2 % by the kernel in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 
 from tinyllm.native_bf16 import cpu_multiplies_bf16
 
-LONGEST = 512  # tokens; the shares of a micro-batch of 1,024 tokens then take 1 MiB a head
+MOST_SHARES = 1 << 22  # elements of a layer, 8 MiB that the backward pass keeps
 
 
 def suits(query: torch.Tensor, dropout: float) -> bool:
@@ -21,7 +24,7 @@ def suits(query: torch.Tensor, dropout: float) -> bool:
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and cpu_multiplies_bf16()
-        and query.shape[1] <= LONGEST
+        and query.shape[0] * query.shape[2] * query.shape[1] ** 2 <= MOST_SHARES
         and not dropout
     )
 
@@ -55,5 +58,5 @@ def unseen(length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
     """``(T, T)``: minus infinity where a row's position does not see a column's, else 0."""
     position = torch.arange(length)
     distance = position[:, None] - position[None, :]
-    seen = (distance >= 0) & (distance < (window or length))
+    seen = (distance >= 0) & (distance < (length if window is None else window))
     return torch.zeros(length, length, dtype=dtype).masked_fill_(~seen, -float("inf"))

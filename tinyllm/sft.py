@@ -24,6 +24,7 @@ from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters, describe_adapter
 from tinyllm.lora_start import keep_start
 from tinyllm.memory import peak_bytes
+from tinyllm.native import pointwise
 from tinyllm.native.heap import keep_freed_memory
 from tinyllm.plan import describe as describe_plan
 from tinyllm.plan import leaving_no_folder, make_plan
@@ -170,6 +171,10 @@ def prepare_model(settings: Settings, model):
         keep_freed_memory()
         if args.fused_layers and not is_sharded(args):
             use_fused_layers(model)
+            if pointwise.library() is None:
+                say(
+                    "note: no C compiler (cc, gcc or clang) that works: some steps run by PyTorch, slower"
+                )
     if not settings.lora.use_lora:
         return model
     if is_sharded(settings.training) and settings.lora.fast_lora:

@@ -45,14 +45,15 @@ class Compact:
             packs: whether it reads ``PACKED``.
         """
         self.lanes, self.packs, self.pages = lanes, packs, Pages()
-        self.copies: dict[int, Stored] = {}
+        # by address; the weight is kept, so that its address stays its own
+        self.copies: dict[int, tuple[torch.Tensor, Stored]] = {}
 
     def of(self, weight: torch.Tensor) -> Stored:
         """The copy of a weight ``(out, in)``, or the weight where bfloat16 would round it."""
         key = weight.data_ptr()
         if key not in self.copies:
-            self.copies[key] = self._make(weight)
-        return self.copies[key]
+            self.copies[key] = weight, self._make(weight)
+        return self.copies[key][1]
 
     def _make(self, weight: torch.Tensor) -> Stored:
         half = weight.to(torch.bfloat16)

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 
 CHUNK = 32 * 1024**2
 ALIGNED = 64  # bytes of a cache line
+
+
+def large_pages(size: int) -> mmap.mmap:
+    """Memory of our own in large pages, where the system has them; shared memory seldom gets any."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        chunk.madvise(mmap.MADV_HUGEPAGE)
+    return chunk
 
 
 class Pages:
@@ -21,9 +32,7 @@ class Pages:
         """The same tensor, here; its memory lives as long as it does."""
         size = -(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED
         if self.chunk is None or self.used + size > len(self.chunk):
-            self.chunk, self.used = mmap.mmap(-1, max(CHUNK, size)), 0
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self.chunk.madvise(mmap.MADV_HUGEPAGE)
+            self.chunk, self.used = large_pages(max(CHUNK, size)), 0
         place = torch.frombuffer(
             self.chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self.used
         )

@@ -38,17 +38,17 @@ def compiled(source: Path, *headers: Path) -> Path | None:
     )
     if compiler is None or platform.system() == "Windows":
         return None
-    target = cache_folder() / f"{source.stem}-{_identity(compiler, [source, *headers])}.so"
-    if target.is_file():
-        return target
     try:
+        target = cache_folder() / f"{source.stem}-{_identity(compiler, [source, *headers])}.so"
+        if target.is_file():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             made = Path(scratch) / target.name
             if not any(_compile(compiler, source, made, more) for more in (["-fopenmp"], [])):
                 return None
             made.replace(target)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
     return target
 

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
 
@@ -47,6 +48,7 @@ def takes(*tensors: torch.Tensor) -> bool:
         first.device.type == "cpu"
         and first.dtype in TYPES
         and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)  # with memory
         and library() is not None
     )
 
@@ -85,7 +87,7 @@ class RmsNorm(torch.autograd.Function):
         """``x`` (..., H), ``weight`` (H,) of the same type → (..., H)."""
         x = x.contiguous()
         y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
-        factors = torch.empty(rows)
+        factors = torch.empty(rows, dtype=torch.float32, device=x.device)
         library().norm_forward(
             x.data_ptr(), weight.data_ptr(), y.data_ptr(), factors.data_ptr(), rows, x.shape[-1],
             eps, _half(x),
@@ -94,6 +96,7 @@ class RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, factors = ctx.saved_tensors
         grad, dx = grad.contiguous(), torch.empty_like(x)
@@ -117,6 +120,7 @@ class SiluGate(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
         grad, d_gate, d_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
