@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 
 from tinyllm import matrix_attention
-from tinyllm.attention import PACKED_SDPA, lay_out, use_packed_attention
+from tinyllm.attention import PACKED_SDPA, lay_out, rounded_up, use_packed_attention
 from tinyllm.batches import model_inputs
 
 LENGTHS = [3, 40, 1, 70, 33, 5, 64]
@@ -83,6 +83,16 @@ def test_layout_moves_there_and_back():
     assert len(layout.padding) + 114 == len(layout.source)
 
 
+def test_layout_of_few_shapes():
+    starts = [0, 3, 43, 44, 114, 150, 151, 199, 236]
+    layout = lay_out(torch.tensor(starts), few_shapes=True)
+    assert torch.equal(layout.source[layout.place], torch.arange(236))
+    assert [group.shape for group in layout.groups] == [(3, 3), (4, 48), (1, 80)]
+    shapes = {(rounded_up(n), rounded_up(t)) for n in range(1, 65) for t in range(1, 513)}
+    assert len({t for _, t in shapes}) <= 4 * 10 and len(shapes) <= 24 * 40
+    assert all(n <= rounded_up(n) <= 1.25 * n + 1 for n in range(1, 3000))
+
+
 def test_eager_models_are_left_alone():
     model = make_model()
     model.set_attn_implementation("eager")
@@ -117,6 +127,7 @@ def test_packed_attention_by_products_equals_each_alone(monkeypatch):
     use_packed_attention(second)
     used = []
     monkeypatch.setattr(matrix_attention, "suits", lambda *of: used.append(of) or True)
+    monkeypatch.setattr(matrix_attention, "suits_type", lambda query: True)
     (second(**model_inputs(batch, True)).logits[0] * weights).sum().backward()
     assert used
     number = len(used)

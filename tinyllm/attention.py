@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -48,7 +49,7 @@ def packed_sdpa(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.pop("sliding_window", None)
-    layout = lay_out(cu_seq_lens_q)
+    layout = lay_out(cu_seq_lens_q, few_shapes=products and matrix_attention.suits_type(query))
     # (N, heads, head_dim): each position's heads lie together, so that moving it is one copy
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]
     outputs = []
@@ -114,10 +115,14 @@ class Layout:
     padding: torch.Tensor
 
 
-def lay_out(cu_seq_lens: torch.Tensor) -> Layout:
+def lay_out(cu_seq_lens: torch.Tensor, few_shapes: bool = False) -> Layout:
     """Sort examples into groups of lengths within a factor of two.
 
     Padding stands on the right, where a causal kernel never lets a real position look.
+
+    Args:
+        few_shapes: round both sides of a group up (:func:`rounded_up`), by padding and by examples
+            that are all padding: oneDNN prepares a product anew for each shape, and keeps it.
     """
     starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()
     size = torch.ceil(torch.log2(lengths.double())).clamp(min=5)  # all up to 32 share a group
@@ -125,12 +130,16 @@ def lay_out(cu_seq_lens: torch.Tensor) -> Layout:
     parts, num_places = [], 0
     for one in size.unique():
         chosen = (size == one).nonzero().squeeze(-1)
-        column = torch.arange(int(lengths[chosen].max()), device=cu_seq_lens.device)
-        real = (column < lengths[chosen, None]).flatten()
-        source = (starts[chosen, None] + column).flatten()
+        number, longest = len(chosen), int(lengths[chosen].max())
+        if few_shapes:
+            number, longest = rounded_up(number), rounded_up(longest)
+        column = torch.arange(longest, device=cu_seq_lens.device)
+        first, size_of = (F.pad(x[chosen], (0, number - len(chosen))) for x in (starts, lengths))
+        real = (column < size_of[:, None]).flatten()
+        source = (first[:, None] + column).flatten()
         here = real.nonzero().squeeze(-1)
         place[source[here]] = here + num_places
-        parts.append(((len(chosen), len(column)), source, real, num_places))
+        parts.append(((number, longest), source, real, num_places))
         num_places += len(real)
     real = torch.cat([part[2] for part in parts])
     source = torch.cat([part[1] for part in parts]).masked_fill(~real, 0)
@@ -139,6 +148,12 @@ def lay_out(cu_seq_lens: torch.Tensor) -> Layout:
         for shape, _, inside, first in parts
     ]
     return Layout(groups, place, source, (~real).nonzero().squeeze(-1))
+
+
+def rounded_up(number: int) -> int:
+    """The next number with at most two bits behind its first one: 9 → 10, 33 → 40, 100 → 112."""
+    step = 1 << max(0, (number - 1).bit_length() - 3)
+    return -(-number // step) * step
 
 
 def _within(place: torch.Tensor, first: int, size: int, parts: list) -> torch.Tensor:

@@ -18,12 +18,16 @@ from tinyllm.native_bf16 import cpu_multiplies_bf16
 MOST_SHARES = 1 << 22  # elements of a layer, 8 MiB that the backward pass keeps
 
 
+def suits_type(query: torch.Tensor) -> bool:
+    """Whether products may be the faster way for queries of this type."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and cpu_multiplies_bf16()
+
+
 def suits(query: torch.Tensor, dropout: float) -> bool:
     """Whether products are the faster way for ``query`` ``(B, T, num_heads, head_dim)``."""
     return (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and cpu_multiplies_bf16()
+        suits_type(query)
         and query.shape[0] * query.shape[2] * query.shape[1] ** 2 <= MOST_SHARES
         and not dropout
     )
