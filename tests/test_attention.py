@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from tinyllm import matrix_attention
-from tinyllm.attention import PACKED_SDPA, lay_out, rounded_up, use_packed_attention
+from tinyllm.attention import PACKED_SDPA, lay_out, use_packed_attention
 from tinyllm.batches import model_inputs
 
 LENGTHS = [3, 40, 1, 70, 33, 5, 64]
@@ -83,56 +82,7 @@ def test_layout_moves_there_and_back():
     assert len(layout.padding) + 114 == len(layout.source)
 
 
-def test_layout_of_few_shapes():
-    starts = [0, 3, 43, 44, 114, 150, 151, 199, 236]
-    layout = lay_out(torch.tensor(starts), few_shapes=True)
-    assert torch.equal(layout.source[layout.place], torch.arange(236))
-    assert [group.shape for group in layout.groups] == [(3, 3), (4, 48), (1, 80)]
-    shapes = {(rounded_up(n), rounded_up(t)) for n in range(1, 65) for t in range(1, 513)}
-    assert len({t for _, t in shapes}) <= 4 * 10 and len(shapes) <= 24 * 40
-    assert all(n <= rounded_up(n) <= 1.25 * n + 1 for n in range(1, 3000))
-
-
 def test_eager_models_are_left_alone():
     model = make_model()
     model.set_attn_implementation("eager")
     assert not use_packed_attention(model)
-
-
-@pytest.mark.parametrize("window", [None, 1, 8, 500])
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 3), (4, 1)])
-def test_attention_by_products(heads, groups, window):
-    torch.manual_seed(0)
-    shapes = [(3, 21, heads, 16), (3, 21, groups, 16), (3, 21, groups, 16)]
-    states = [[torch.randn(s).requires_grad_() for s in shapes]]
-    states.append([s.detach().clone().requires_grad_() for s in states[0]])
-    found = matrix_attention.attend(*states[0], 0.3, window)
-    query, key, value = (s.transpose(1, 2) for s in states[1])
-    distance = torch.arange(21)[:, None] - torch.arange(21)
-    seen = (distance >= 0) & (distance < (window or 21))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, seen, scale=0.3, enable_gqa=True
-    ).transpose(1, 2)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    for output in (found, expected):
-        (output * torch.arange(16)).sum().backward()
-    for a, b in zip(*states, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
-
-
-def test_packed_attention_by_products_equals_each_alone(monkeypatch):
-    first, second, batch = make_model(), make_model(), packed_batch()
-    weights = torch.randn(sum(LENGTHS), 480)
-    (logits_one_by_one(first, batch) * weights).sum().backward()
-    use_packed_attention(second)
-    used = []
-    monkeypatch.setattr(matrix_attention, "suits", lambda *of: used.append(of) or True)
-    monkeypatch.setattr(matrix_attention, "suits_type", lambda query: True)
-    (second(**model_inputs(batch, True)).logits[0] * weights).sum().backward()
-    assert used
-    number = len(used)
-    use_packed_attention(second, products=False)
-    second(**model_inputs(batch, True))
-    assert len(used) == number
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)

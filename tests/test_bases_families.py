@@ -52,7 +52,7 @@ def test_a_model_that_leaks_in_every_way_is_run_alone(monkeypatch):
 
     model = make_family("llama")
 
-    def leaking(model, products):
+    def leaking(model):
         return True
 
     monkeypatch.setattr(packing_check, "use_packed_attention", leaking)

@@ -2,26 +2,20 @@
 
 Transformers builds an ``(N, N)`` mask for a packed row, so that the cost grows with the square of
 the whole micro-batch.  Here examples of similar length are laid beside each other for one call of
-PyTorch's causal kernel, without a mask, or of two matrix products (``matrix_attention.py``), and laid
-back behind each other afterwards.  The model is
+PyTorch's causal kernel, without a mask, and laid back behind each other afterwards.  The model is
 told by ``cu_seq_lens_q``, the same keyword that flash-attention kernels take.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tinyllm import matrix_attention
-
 PACKED_SDPA = "packed_sdpa"
-PACKED_KERNEL = "packed_kernel"  # the same without the products
 
 
 def packed_sdpa(
@@ -31,13 +25,11 @@ def packed_sdpa(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    products: bool = True,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each packed example; plain SDPA where nothing is packed (generation).
 
     Args:
-        products: use two matrix products where they are faster than PyTorch's kernel.
         query: ``(1, num_heads, N, head_dim)``.
         key: ``(1, num_key_value_heads, N, head_dim)``.
         value: ``(1, num_key_value_heads, N, head_dim)``.
@@ -49,7 +41,7 @@ def packed_sdpa(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.pop("sliding_window", None)
-    layout = lay_out(cu_seq_lens_q, few_shapes=products and matrix_attention.suits_type(query))
+    layout = lay_out(cu_seq_lens_q)
     # (N, heads, head_dim): each position's heads lie together, so that moving it is one copy
     flat = [states[0].transpose(0, 1) for states in (query, key, value)]
     outputs = []
@@ -57,23 +49,11 @@ def packed_sdpa(
         q, k, v = (
             Move.apply(s, group.source, group.place, None).unflatten(0, group.shape) for s in flat
         )
-        outputs.append(
-            _attend(module, q, k, v, window, products, kwargs).flatten(0, 1).to(query.dtype)
-        )
+        q, k, v = (states.transpose(1, 2).to(kernel_dtype(query)) for states in (q, k, v))
+        attended = sdpa_attention_forward(module, q, k, v, _window_mask(q, window), **kwargs)[0]
+        outputs.append(attended.flatten(0, 1).to(query.dtype))
     beside = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return Move.apply(beside, layout.place, layout.source, layout.padding)[None], None
-
-
-def _attend(module, query, key, value, window, products: bool, kwargs: dict) -> torch.Tensor:
-    """Examples ``(B, T, num_heads, head_dim)`` beside each other, by what is fastest for them."""
-    if products and matrix_attention.suits(query, kwargs.get("dropout", 0.0)):
-        scale = kwargs.get("scaling")
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return matrix_attention.attend(query, key, value, scale, window)
-    query, key, value = (s.transpose(1, 2).to(kernel_dtype(query)) for s in (query, key, value))
-    return sdpa_attention_forward(module, query, key, value, _window_mask(query, window), **kwargs)[
-        0
-    ]
 
 
 def kernel_dtype(query: torch.Tensor) -> torch.dtype:
@@ -115,14 +95,10 @@ class Layout:
     padding: torch.Tensor
 
 
-def lay_out(cu_seq_lens: torch.Tensor, few_shapes: bool = False) -> Layout:
+def lay_out(cu_seq_lens: torch.Tensor) -> Layout:
     """Sort examples into groups of lengths within a factor of two.
 
     Padding stands on the right, where a causal kernel never lets a real position look.
-
-    Args:
-        few_shapes: round both sides of a group up (:func:`rounded_up`), by padding and by examples
-            that are all padding: oneDNN prepares a product anew for each shape, and keeps it.
     """
     starts, lengths = cu_seq_lens[:-1].long(), cu_seq_lens.diff().long()
     size = torch.ceil(torch.log2(lengths.double())).clamp(min=5)  # all up to 32 share a group
@@ -130,16 +106,12 @@ def lay_out(cu_seq_lens: torch.Tensor, few_shapes: bool = False) -> Layout:
     parts, num_places = [], 0
     for one in size.unique():
         chosen = (size == one).nonzero().squeeze(-1)
-        number, longest = len(chosen), int(lengths[chosen].max())
-        if few_shapes:
-            number, longest = rounded_up(number), rounded_up(longest)
-        column = torch.arange(longest, device=cu_seq_lens.device)
-        first, size_of = (F.pad(x[chosen], (0, number - len(chosen))) for x in (starts, lengths))
-        real = (column < size_of[:, None]).flatten()
-        source = (first[:, None] + column).flatten()
+        column = torch.arange(int(lengths[chosen].max()), device=cu_seq_lens.device)
+        real = (column < lengths[chosen, None]).flatten()
+        source = (starts[chosen, None] + column).flatten()
         here = real.nonzero().squeeze(-1)
         place[source[here]] = here + num_places
-        parts.append(((number, longest), source, real, num_places))
+        parts.append(((len(chosen), len(column)), source, real, num_places))
         num_places += len(real)
     real = torch.cat([part[2] for part in parts])
     source = torch.cat([part[1] for part in parts]).masked_fill(~real, 0)
@@ -148,12 +120,6 @@ def lay_out(cu_seq_lens: torch.Tensor, few_shapes: bool = False) -> Layout:
         for shape, _, inside, first in parts
     ]
     return Layout(groups, place, source, (~real).nonzero().squeeze(-1))
-
-
-def rounded_up(number: int) -> int:
-    """The next number with at most two bits behind its first one: 9 → 10, 33 → 40, 100 → 112."""
-    step = 1 << max(0, (number - 1).bit_length() - 3)
-    return -(-number // step) * step
 
 
 def _within(place: torch.Tensor, first: int, size: int, parts: list) -> torch.Tensor:
@@ -198,26 +164,20 @@ def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None
     return ((distance >= 0) & (distance < window))[None, None]
 
 
-def use_packed_attention(model, products: bool = True) -> bool:
-    """Let a model attend within packed examples, by products where they are faster or never.
+def use_packed_attention(model) -> bool:
+    """Let a model attend within packed examples.
 
     Returns:
         Whether the model can; False leaves it as it was, with transformers' own packed mask.
     """
     if model.config._attn_implementation.startswith("flash_attention"):
         return True
-    if model.config._attn_implementation != "sdpa" and not is_packed(model):
+    if model.config._attn_implementation not in ("sdpa", PACKED_SDPA):
         return False
-    name = PACKED_SDPA if products else PACKED_KERNEL
-    AttentionInterface.register(name, partial(packed_sdpa, products=products))
-    AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(name)
-    return model.config._attn_implementation == name
-
-
-def is_packed(model) -> bool:
-    """Whether a model attends by :func:`packed_sdpa`."""
-    return model.config._attn_implementation in (PACKED_SDPA, PACKED_KERNEL)
+    AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+    AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+    model.set_attn_implementation(PACKED_SDPA)
+    return model.config._attn_implementation == PACKED_SDPA
 
 
 # A 4-D mask is handed through by transformers as it is: nothing of size (N, N) is built.

@@ -33,17 +33,14 @@ class Packing:
     why: str = ""
 
 
-def choose_packing(model, products: bool = True) -> Packing:
+def choose_packing(model) -> Packing:
     """Try the ways from fast to slow on a causal model and take the first that is right.
-
-    Args:
-        products: attention may be computed as matrix products (``matrix_attention.py``).
 
     Raises:
         UserError: the model cannot be run as the training runs it.
     """
     implementation = model.config._attn_implementation
-    kernel = use_packed_attention(model, products)
+    kernel = use_packed_attention(model)
     if implementation.startswith("flash_attention") or _is_scattered(model):
         return Packing(kernel)  # cannot be run here: not on this device yet, or in pieces
     alone = _logits(model, one_by_one=True, kernel=False)

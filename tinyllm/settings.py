@@ -238,9 +238,7 @@ class SftArguments(TrainingArguments):
         True, "Compute the loss under a frozen head a few positions at a time; False all at once."
     )
     fused_layers: bool = setting(
-        True,
-        "On a CPU, compute norms and gates in compiled code, and attention in bfloat16 as matrix "
-        "products; False: transformers' and PyTorch's own.",
+        True, "On a CPU, compute norms and gates in compiled code; False: transformers' own."
     )
     fill_rows: bool = setting(
         True,

@@ -65,7 +65,7 @@ class SftTrainer(SavingTrainer):
         if args.device.type == "cpu":
             self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, cpu_tokens(model))
         self.causal_model = plain_model(model)
-        self.packing = choose_packing(self.causal_model, products=args.fused_layers)
+        self.packing = choose_packing(self.causal_model)
         if self.packing.one_by_one:
             self.tokens_per_micro_batch = 1  # every example is longer, and gets a row of its own
         self.loraplus_lr_ratio = loraplus_lr_ratio

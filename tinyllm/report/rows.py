@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tinyllm.attention import is_packed
+from tinyllm.attention import PACKED_SDPA
 from tinyllm.batches import Batch, collate, model_inputs, split, targets
 from tinyllm.chat_format import IGNORE_INDEX
 
@@ -58,7 +58,7 @@ def measure_rows(model, rows: list[Row], stops: list[int]) -> RowMeasures:
         stops: ids that end an answer.
     """
     config = model.config.get_text_config()
-    packed = is_packed(model)
+    packed = model.config._attn_implementation == PACKED_SDPA
     max_tokens = max(128, min(MAX_TOKENS, MAX_LOGITS // config.vocab_size))
     if getattr(model, "one_by_one", False):
         max_tokens = 1  # a base whose examples would see each other (packing_check.py)
