@@ -8,7 +8,7 @@ from conftest import make_model
 from peft import LoraConfig, get_peft_model
 
 from tinyllm import fast_lora
-from tinyllm.dropout import LANE_VALUES, mask
+from tinyllm.dropout import Dropout, mask
 from tinyllm.fast_lora import FastLoraLinear, use_fast_lora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -59,8 +59,8 @@ def test_loss_and_gradients_equal_pefts(monkeypatch, dtype, native):
 
 
 def dropout_mask(shape: torch.Size, p: float) -> torch.Tensor:
-    seed = int(torch.randint(1 << 62, ()))
-    return mask(shape, seed, round(p * LANE_VALUES))
+    drawn = Dropout(p)
+    return mask(shape, drawn.seed, drawn.threshold)
 
 
 def test_dropout_is_one_independent_mask_for_each_element():

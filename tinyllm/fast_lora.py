@@ -1,8 +1,8 @@
 """The LoRA path of a linear layer in few passes over memory, for training on a CPU.
 
 peft's own forward walks over the layer's input and output about ten times, and draws dropout masks
-with PyTorch's Bernoulli sampler, which was a fifth of a step on a CPU (see ``dropout.py``).  Here forward and backward are
-written out once (Hu et al. 2021, arXiv:2106.09685, section 4.1):
+with PyTorch's Bernoulli sampler, which was a fifth of a step on a CPU (see ``dropout.py``).  Here
+forward and backward are written out once (Hu et al. 2021, arXiv:2106.09685, section 4.1):
 
     y = x Wᵀ + s (x ∘ m) Aᵀ Bᵀ          W frozen (out, in), A (r, in), B (out, r), m the mask
 

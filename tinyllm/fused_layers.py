@@ -33,12 +33,9 @@ class FusedMlp(nn.Module):
     """Put before an MLP's class: its ``forward`` where that applies."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _suits(x):
-            return super().forward(x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not (_suits(gate, up) and pointwise.fills_vectors(gate)):
-            return self.down_proj(self.act_fn(gate) * up)
-        return self.down_proj(SiluGate.apply(gate, up))
+        fused = _suits(gate, up) and pointwise.fills_vectors(gate)
+        return self.down_proj(SiluGate.apply(gate, up) if fused else self.act_fn(gate) * up)
 
 
 def _suits(*tensors: torch.Tensor) -> bool:

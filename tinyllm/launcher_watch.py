@@ -10,6 +10,7 @@ ends, not the launcher; asking for the parent works with every launcher and on e
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -39,7 +40,12 @@ def watch_launcher(environment: Mapping[str, str] = os.environ) -> threading.Thr
     parent = parent_to_watch(environment)
     if parent is None:
         return None
-    thread = threading.Thread(target=_watch, args=(parent,), daemon=True, name="launcher watch")
+    unsaid = threading.Semaphore(1)
+    # another process may notice first, and this one have stopped with it before it looks
+    atexit.register(_say_if_gone, parent, unsaid)
+    thread = threading.Thread(
+        target=_watch, args=(parent, unsaid), daemon=True, name="launcher watch"
+    )
     thread.start()
     return thread
 
@@ -75,12 +81,19 @@ def stop_is_under_way() -> bool:
     return isinstance(request, StopRequest) and request.wanted
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+def _say_if_gone(parent: int, unsaid: threading.Semaphore) -> None:
+    """Say that the launcher has ended, once on each machine."""
+    if os.getppid() == parent or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if unsaid.acquire(blocking=False):
         with contextlib.suppress(OSError):  # whoever read stderr may have gone with it
             print("the launcher of this process has ended: stopping", file=sys.stderr, flush=True)
+
+
+def _watch(parent: int, unsaid: threading.Semaphore) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    _say_if_gone(parent, unsaid)
     if not stop_is_under_way():
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     time.sleep(PATIENCE_SECONDS)

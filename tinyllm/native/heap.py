@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed for the next step.
 
     By default it gives tensors of some megabytes back to the system at once, which hands them out
-    again page by page, filled with zeros: 4 % of a step of the built-in base.
+    again page by page, filled with zeros.
 
     Returns:
         Whether there is a glibc that does so.
