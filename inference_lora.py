@@ -26,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         start.check_web()
     # 2. libraries that say nothing, a terminal that breaks on nothing
     from tinyllm.chat.terminal import ctrl_c_leaves, prepare
+    from tinyllm.imports import without_collections
     from tinyllm.quiet import quiet_libraries
 
     prepare()
-    with ctrl_c_leaves():
+    with ctrl_c_leaves(), without_collections():
         quiet_libraries()
         # 3. base, adapters, and what writes the replies
         speaker = start.build(args)

@@ -17,13 +17,15 @@ from tinyllm.errors import run_program
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
+    from tinyllm.imports import without_collections
     from tinyllm.launcher_watch import watch_launcher
     from tinyllm.quiet import quiet_libraries
 
     watch_launcher()
-    quiet_libraries()
-    from tinyllm import sft
-    from tinyllm.command_line import parse_settings
+    with without_collections():
+        quiet_libraries()
+        from tinyllm import sft
+        from tinyllm.command_line import parse_settings
 
     # 1. settings: default < YAML < command line
     settings, notes = parse_settings(sys.argv[1:] if argv is None else argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -105,6 +106,27 @@ def base_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(params=["", "-mno-avx512f", "-mno-avx2 -mno-avx512f", "-mno-avx512bf16"])
+def processor(request, tmp_path_factory, monkeypatch):
+    """The compiled steps of training for several kinds of processor."""
+    from tinyllm.native import attention, lora, pointwise
+
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.getbasetemp() / "compiled"  # each kind once
+    monkeypatch.setenv("CC", f"{compiler} {request.param}".strip())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    libraries = [part.library for part in (attention, lora, pointwise)]
+    for library in libraries:
+        library.cache_clear()
+    if pointwise.library() is None:
+        pytest.skip(f"the compiler does not take {request.param}")
+    yield request.param
+    for library in libraries:
+        library.cache_clear()
 
 
 def train_arguments(base: Path, data: Path, output: Path, *more: str) -> list[str]:

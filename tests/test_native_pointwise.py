@@ -1,6 +1,5 @@
 """The compiled steps between products give what transformers' layers and NumPy give."""
 
-import shutil
 from collections import Counter
 
 import pytest
@@ -11,30 +10,17 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config, Qwen3
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tinyllm import dropout
+from tinyllm.attention import use_packed_attention
+from tinyllm.batches import model_inputs
 from tinyllm.decode.pages import Pages
 from tinyllm.dropout import Dropout, mask
 from tinyllm.fast_lora import use_fast_lora
-from tinyllm.fused_layers import FusedMlp, FusedNorm, use_fused_layers
-from tinyllm.native import pointwise
+from tinyllm.fused_layers import FusedAttention, FusedMlp, FusedNorm, use_fused_layers
+from tinyllm.native import attention, lora, pointwise
+from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
 
 TYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=["", "-mno-avx512f", "-mno-avx2 -mno-avx512f", "-mno-avx512bf16"])
-def compiled(request, tmp_path_factory, monkeypatch):
-    """The library, for several kinds of processor."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    folder = tmp_path_factory.getbasetemp() / "compiled"  # each kind once
-    monkeypatch.setenv("CC", f"{compiler} {request.param}".strip())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    pointwise.library.cache_clear()
-    if pointwise.library() is None:
-        pytest.skip(f"the compiler does not take {request.param}")
-    yield pointwise.library()
-    pointwise.library.cache_clear()
 
 
 def close_to(found, expected):
@@ -50,7 +36,7 @@ def close_to(found, expected):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("size", [80, 120, 7])
-def test_norm(compiled, dtype, size):
+def test_norm(processor, dtype, size):
     torch.manual_seed(0)
     norm = LlamaRMSNorm(size, eps=1e-5)
     norm.weight.data = torch.rand(size) + 0.5
@@ -67,7 +53,7 @@ def test_norm(compiled, dtype, size):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [3, 500])
-def test_gate(compiled, dtype, rows):
+def test_gate(processor, dtype, rows):
     torch.manual_seed(0)
     gate, up, grad = ((4 * torch.randn(rows, 96)).to(dtype) for _ in range(3))
     gate[0, :6] = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e4, -1e4]).to(dtype)
@@ -84,24 +70,30 @@ def test_gate(compiled, dtype, rows):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 7, 400])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.99999])
-def test_dropout_is_numpys(compiled, dtype, rows, p):
+def test_dropout_is_numpys(processor, dtype, rows, p):
     torch.manual_seed(0)
     x, y = torch.randn(rows, 51).to(dtype) + 3, torch.randn(rows, 51).to(dtype)
     drop = Dropout(p)
     kept = x * mask(x.shape, drop.seed, drop.threshold)
     assert torch.equal(drop.of(x), kept)
-    assert torch.equal(drop.add(y.clone(), x.clone()), y + kept)
+    assert torch.equal(added(drop, y, x), y + kept)
+
+
+def added(drop, y, x):
+    total = y.clone()
+    drop.add(total, x.clone())
+    return total
 
 
 def test_without_a_compiler_the_same_is_dropped(monkeypatch):
     x, drop = torch.randn(40, 33), Dropout(0.3)
-    expected = drop.of(x), drop.add(torch.ones(40, 33), x.clone())
+    expected = drop.of(x), added(drop, torch.ones(40, 33), x)
     monkeypatch.setattr(dropout.pointwise, "takes", lambda *tensors: False)
     assert torch.equal(drop.of(x), expected[0])
-    assert torch.equal(drop.add(torch.ones(40, 33), x.clone()), expected[1])
+    assert torch.equal(added(drop, torch.ones(40, 33), x), expected[1])
 
 
-def test_broken_numbers_stay_broken(compiled):
+def test_broken_numbers_stay_broken(processor):
     """A loss that is no number must not become one on the way."""
     for value in (float("nan"), float("inf")):
         x = torch.ones(2, 32, dtype=torch.bfloat16)
@@ -135,8 +127,8 @@ def used(monkeypatch):
             function, "apply", lambda *of: calls.update([function.__name__]) or real(*of)
         )
 
-    spy(RmsNorm)
-    spy(SiluGate)
+    for function in (RmsNorm, SiluGate, PackedAttention):
+        spy(function)
     return calls
 
 
@@ -148,16 +140,18 @@ def test_whole_models_have_the_same_loss_and_gradients(name, dtype, used):
     models = []
     for fused in (False, True):
         base = make(name).to(dtype)
+        assert use_packed_attention(base)
         if fused:
             number = use_fused_layers(base)
-            assert number == sum(isinstance(m, FusedNorm | FusedMlp) for m in base.modules())
-            assert number >= 2 * 2 + 1 + 2
+            kinds = FusedNorm | FusedMlp | FusedAttention
+            assert number == sum(isinstance(m, kinds) for m in base.modules())
+            assert number >= 2 * 2 + 1 + 2 + 2
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         use_fast_lora(config)
         torch.manual_seed(1)
         models.append(get_peft_model(base, config).train())
-    ids = torch.randint(5, 480, (2, 19))
-    losses = [model(input_ids=ids, labels=ids).loss for model in models]
+    batch = packed_batch()
+    losses = [loss_of(model, batch) for model in models]
     for loss in losses:
         loss.backward()
     close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 3e-2, "rtol": 8e-2}
@@ -166,7 +160,18 @@ def test_whole_models_have_the_same_loss_and_gradients(name, dtype, used):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, **close)
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
-    assert used["SiluGate"] == 2 and used["RmsNorm"] >= 5
+    assert used["SiluGate"] == used["PackedAttention"] == 2 and used["RmsNorm"] >= 5
+
+
+def packed_batch():
+    lengths = torch.tensor([19, 1, 40, 4])
+    ids = torch.randint(5, 480, (int(lengths.sum()),))
+    return {"input_ids": ids, "labels": ids, "lengths": lengths}
+
+
+def loss_of(model, batch):
+    logits = model(**model_inputs(batch, packed_attention=True)).logits[0].float()
+    return torch.nn.functional.cross_entropy(logits, batch["input_ids"])
 
 
 def test_odd_sizes_and_autocast_take_the_ordinary_way(used):
@@ -185,7 +190,7 @@ def test_odd_sizes_and_autocast_take_the_ordinary_way(used):
 
 def make_fused():
     model = make_model().requires_grad_(False)
-    assert use_fused_layers(model) == 7 and use_fused_layers(model) == 0
+    assert use_fused_layers(model) == 9 and use_fused_layers(model) == 0
     return model
 
 
@@ -205,13 +210,16 @@ def test_without_a_compiler_or_a_home_nothing_breaks(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(code.Path, "home", no_home)
-    pointwise.library.cache_clear()
+    libraries = [part.library for part in (attention, lora, pointwise)]
+    for library in libraries:
+        library.cache_clear()
     try:
-        assert pointwise.library() is None
+        assert all(library() is None for library in libraries)
         model = make_model()
         assert use_fused_layers(model) == 0 and not pointwise.takes(torch.ones(4))
     finally:
-        pointwise.library.cache_clear()
+        for library in libraries:
+            library.cache_clear()
 
 
 def test_second_derivatives_are_refused():

@@ -35,12 +35,12 @@ class Dropout:
             return pointwise.keep(x, self.seed, self.threshold)
         return x * self._mask(x.shape)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``y + of(x)``; the memory of ``y`` may be used."""
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add ``of(x)`` to ``y``, in place."""
         if y.is_contiguous() and pointwise.takes(y, x):
             pointwise.add_kept(y, x, self.seed, self.threshold)
-            return y
-        return y.add_(self.of(x))
+        else:
+            y.add_(self.of(x))
 
     def _mask(self, shape: torch.Size) -> torch.Tensor:
         if self.mask is None:

@@ -9,8 +9,8 @@ forward and backward are written out once (Hu et al. 2021, arXiv:2106.09685, sec
 The adapter stays peft's: same parameters, same names, same files; only ``forward`` differs, and any
 case beyond plain LoRA goes to peft's.
 
-The adapter's weights are in float32.  Its products beside a bfloat16 base are in bfloat16 where the
-CPU multiplies that in hardware (as under autocast), else in float32, which is faster there.
+What the adapter adds comes from ``native/lora.c`` where the CPU multiplies bfloat16 in hardware and the
+base is in bfloat16, else from ``lora_by_torch.py``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from tinyllm import lora_by_torch as by_torch
 from tinyllm.dropout import Dropout
-from tinyllm.native_bf16 import cpu_multiplies_bf16
+from tinyllm.native import lora as compiled
 
 
 class LoraLinear(torch.autograd.Function):
@@ -31,42 +32,23 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, dropout, scale):
         """``x`` (N, in) → (N, out); ``dropout`` a :class:`Dropout` or None."""
-        dtype = product_dtype(x, lora_a)
-        a, b = lora_a.to(dtype), lora_b.to(dtype)
-        low = F.linear(_dropped(x, dropout).to(dtype), a)
         y = F.linear(x, weight, bias)
-        y.addmm_(low.to(y.dtype), b.t().to(y.dtype), alpha=scale)
-        ctx.save_for_backward(x, weight, a, b, low)
-        ctx.dropout, ctx.scale, ctx.types = dropout, scale, (lora_a.dtype, lora_b.dtype)
+        part = compiled if compiled.takes(x, lora_a, lora_b) else by_torch
+        low = part.add_forward(x, lora_a, lora_b, y, dropout, scale)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
+        ctx.part, ctx.dropout, ctx.scale = part, dropout, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, a, b, low = ctx.saved_tensors
-        dtype = low.dtype
-        grad_full = grad.to(dtype)
-        grad_low = (grad_full @ b).mul_(ctx.scale)
-        grad_b = (grad_full.t() @ low).to(ctx.types[1]).mul_(ctx.scale)
-        grad_a = (grad_low.t() @ _dropped(x, ctx.dropout).to(dtype)).to(ctx.types[0])
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x, through_lora = grad @ weight, grad_low @ a
-            if ctx.dropout is None:
-                grad_x.add_(through_lora)
-            else:
-                grad_x = ctx.dropout.add(grad_x, through_lora)
+        x, weight, lora_a, lora_b, low = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = ctx.part.add_backward(
+            x, lora_a, lora_b, low, grad, grad_x, ctx.dropout, ctx.scale
+        )
         return grad_x, None, None, grad_a, grad_b, None, None
-
-
-def product_dtype(x: torch.Tensor, lora_a: torch.Tensor) -> torch.dtype:
-    """In what the adapter multiplies: see the module's text."""
-    native = x.dtype == torch.bfloat16 and cpu_multiplies_bf16()
-    return x.dtype if native else lora_a.dtype
-
-
-def _dropped(x: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    return x if dropout is None else dropout.of(x)
 
 
 class FastLoraLinear(PeftLinear):

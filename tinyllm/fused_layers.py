@@ -1,7 +1,7 @@
-"""A llama-like model's norms and gates in one pass over memory each, for training on a CPU.
+"""A llama-like model's norms, gates and attention compiled, for training on a CPU.
 
 The layers stay transformers' own: same parameters, same names; only ``forward`` differs, and any case
-that ``pointwise.c`` does not take goes to theirs.
+that the compiled code does not take goes to theirs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import functools
 import torch
 from torch import nn
 
-from tinyllm.native import pointwise
+from tinyllm.attention import PACKED_SDPA
+from tinyllm.native import attention, pointwise
+from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
 
 # Classes of transformers whose forward is literally the one of llama.
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
+ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention")
 ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 
@@ -38,18 +41,49 @@ class FusedMlp(nn.Module):
         return self.down_proj(SiluGate.apply(gate, up) if fused else self.act_fn(gate) * up)
 
 
+class FusedAttention(nn.Module):
+    """Put before an attention's class: its ``forward`` over packed examples, without a cache."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        starts = kwargs.get("cu_seq_lens_q")
+        if args or starts is None or not self._is_plain(kwargs):
+            return super().forward(hidden_states, *args, **kwargs)
+        q, k, v = (
+            getattr(self, f"{name}_proj")(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
+            for name in "qkv"
+        )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
+        if not attention.takes(q, k, v, cos, sin):
+            return super().forward(hidden_states, **kwargs)
+        attended = PackedAttention.apply(q, k, v, cos, sin, starts, self.scaling)
+        return self.o_proj(attended.flatten(1)[None]), None
+
+    def _is_plain(self, kwargs: dict) -> bool:
+        config = self.config
+        window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
+        return (
+            config._attn_implementation == PACKED_SDPA
+            and kwargs.get("cache") is None
+            and kwargs.get("past_key_values") is None
+            and (window is None or kwargs["max_length_q"] <= window)
+            and not (self.training and self.attention_dropout)
+        )
+
+
 def _suits(*tensors: torch.Tensor) -> bool:
     """Not under autocast, which chooses the type of each step itself."""
     return not torch.is_autocast_enabled("cpu") and pointwise.takes(*tensors)
 
 
 def use_fused_layers(model: nn.Module) -> int:
-    """Let a model's norms and gates compute this way.
+    """Let a model's norms, gates and attention compute this way.
 
     Returns:
         How many layers do; 0 leaves the model as it was (another architecture, or no compiler).
     """
-    if pointwise.library() is None:
+    if pointwise.library() is None or attention.library() is None:
         return 0
     number = 0
     for module in model.modules():
@@ -62,10 +96,13 @@ def use_fused_layers(model: nn.Module) -> int:
 def _forward_for(module: nn.Module) -> type | None:
     """The faster forward for a layer; None for one that is another, or has it already."""
     name, origin = type(module).__name__, type(module).__module__
-    if not origin.startswith("transformers.models.") or isinstance(module, FusedNorm | FusedMlp):
+    fused = isinstance(module, FusedNorm | FusedMlp | FusedAttention)
+    if not origin.startswith("transformers.models.") or fused:
         return None
     if name in MLPS and type(module.act_fn).__name__ in ACTIVATIONS:
         return FusedMlp
+    if name in ATTENTIONS:
+        return FusedAttention
     return FusedNorm if name in NORMS else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -222,6 +223,17 @@ def keep_precision(lora: PeftModel) -> None:
 
 def _cast(args: tuple, dtype: torch.dtype) -> tuple:
     return tuple(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+
+
+def without_idle_adapter(model) -> AbstractContextManager:
+    """For as long as the block lasts, a LoRA whose B is zero (so that it adds nothing) is not computed."""
+    if not isinstance(model, PeftModel):
+        return nullcontext()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    idle = all(
+        ".lora_A." in name or (".lora_B." in name and not p.any()) for name, p in trained.items()
+    )
+    return model.disable_adapter() if trained and idle else nullcontext()
 
 
 def count_parameters(model) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from tinyllm.json_lines import append_line, read_lines, write_lines
+from tinyllm.lora import without_idle_adapter
 from tinyllm.report.replies import Question, reply_to_all
 from tinyllm.sharded import is_sharded
 
@@ -100,7 +101,8 @@ class EvaluateBefore(TrainerCallback):
         if is_sharded(self.trainer.args):
             self.trainer.add_callback(self)
         else:
-            self._evaluate()
+            with without_idle_adapter(self.trainer.model):
+                self._evaluate()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self._evaluate()

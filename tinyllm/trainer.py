@@ -87,6 +87,7 @@ class SftTrainer(SavingTrainer):
         )
         self.find_rows: Callable[[list[bytes]], list[str]] = lambda ids: []
         self.last_batch: Batch = {}
+        self.num_counted: int | None = None
         self.neftune = None
         if args.neftune_noise_alpha:
             self.neftune_noise_alpha = None  # transformers' own hook knows no packed rows
@@ -98,6 +99,12 @@ class SftTrainer(SavingTrainer):
         if self.optimizer is None and self.loraplus_lr_ratio:
             self.optimizer = loraplus_optimizer(self.model, self.args, self.loraplus_lr_ratio)
         return super().create_optimizer(model)
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As transformers counts them, but the parameters only once."""
+        if self.num_counted is None:
+            self.num_counted = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * inputs["input_ids"].numel() * self.num_counted
 
     def get_train_dataloader(self) -> DataLoader:
         """One batch is this rank's part of one optimizer step."""

@@ -3,76 +3,10 @@
  * is float32, rounded to bfloat16 where transformers' own layers round.
  * Compiled by code.py; the Python side is pointwise.py.
  */
-#include "vectors.h"
+#include "draws.h"
 
 #define SHARE 16384 /* numbers that are worth another thread */
 #define DRAWS 8    /* 64-bit random numbers at a time, four decisions each */
-
-typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-INLINE vec widen(shorts halves) {
-#ifdef __AVX512F__ /* one instruction instead of the four that GCC makes of the general line */
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
-#else
-    return (vec)(__builtin_convertvector(halves, words) << 16);
-#endif
-}
-
-/* To bfloat16: to the nearest, ties to even. */
-INLINE shorts narrow(vec v) {
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
-    return (shorts)_mm512_cvtneps_pbh((__m512)v);
-#else
-    words bits = (words)v;
-    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, shorts);
-#endif
-}
-
-INLINE vec get(const void *at, int64_t i, const int half) {
-    return half ? widen(*(const shorts *)((const uint16_t *)at + i)) : load((const float *)at + i);
-}
-
-INLINE void put(void *at, int64_t i, vec v, const int half) {
-    if (half) *(shorts *)((uint16_t *)at + i) = narrow(v);
-    else store((float *)at + i, v);
-}
-
-/* Fewer than LANES numbers, the rest 0. */
-INLINE vec get_some(const void *at, int64_t i, int num, const int half) {
-    char lanes[4 * LANES] = {0};
-    memcpy(lanes, (const char *)at + i * (half ? 2 : 4), num * (half ? 2 : 4));
-    return get(lanes, 0, half);
-}
-
-INLINE void put_some(void *at, int64_t i, int num, vec v, const int half) {
-    char lanes[4 * LANES];
-    put(lanes, 0, v, half);
-    memcpy((char *)at + i * (half ? 2 : 4), lanes, num * (half ? 2 : 4));
-}
-
-INLINE vec rounded(vec v, const int half) { return half ? widen(narrow(v)) : v; }
-
-INLINE float widened(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-INLINE uint16_t narrowed(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-/* The i-th number of a stream: SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
- * number generators", figure 14), whose state after i steps is a product. */
-INLINE uint64_t draw(uint64_t seed, uint64_t i) {
-    uint64_t z = seed + (i + 1) * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
 
 /* Of numbers i to i + num, put those that are kept (else 0) into y, or add them to it. */
 INLINE void keep_block(const void *x, void *y, int64_t i, int num, uint64_t seed, uint32_t threshold,

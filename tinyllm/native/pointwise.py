@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from tinyllm.native import code
 
 SOURCE = Path(__file__).with_name("pointwise.c")
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("draws", "numbers", "vectors")]
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 ARGUMENTS = {
@@ -31,7 +32,7 @@ ARGUMENTS = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had."""
-    found = code.load(SOURCE, SOURCE.with_name("vectors.h"))
+    found = code.load(SOURCE, *HEADERS)
     if found is None:
         return None
     for name, types in ARGUMENTS.items():

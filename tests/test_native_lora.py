@@ -1,0 +1,90 @@
+"""The compiled low-rank path gives what its formula gives in float64, and what PyTorch's products give."""
+
+import pytest
+import torch
+
+from tinyllm import lora_by_torch
+from tinyllm.dropout import Dropout, mask
+from tinyllm.native import lora
+
+SHAPES = [(64, 32, 64, 16), (37, 96, 32, 4), (1, 32, 32, 1), (130, 64, 96, 20), (5, 32, 160, 64)]
+
+
+@pytest.fixture(autouse=True)
+def has_it(request):
+    if "processor" in request.fixturenames:
+        request.getfixturevalue("processor")
+    if lora.library() is None:
+        pytest.skip("no C compiler, or a processor that does not multiply pairs of bfloat16")
+
+
+def make(rows, width, out, rank):
+    torch.manual_seed(0)
+    halves = [torch.randn(rows, n).bfloat16() for n in (width, out, out, width)]
+    return *halves, torch.randn(rank, width), torch.randn(out, rank)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_formula(processor, shape, p):
+    x, y, grad, dx, a, b = make(*shape)
+    dropout, scale = Dropout(p) if p else None, 1.7
+    kept = mask(x.shape, dropout.seed, dropout.threshold) if dropout else torch.ones_like(x)
+    seen, exact_a, exact_b = x.double() * kept, a.bfloat16().double(), b.bfloat16().double()
+    low = (seen @ exact_a.T).bfloat16().double()
+    grad_low = (scale * (grad.double() @ exact_b)).bfloat16().double()
+    expected_y = y.double() + scale * low @ exact_b.T
+    expected_dx = dx.double() + kept * (grad_low @ exact_a)
+
+    found_low = lora.add_forward(x, a, b, y, dropout, scale)
+    da, db = lora.add_backward(x, a, b, found_low, grad, dx, dropout, scale)
+    rank = len(a)
+    rounding = {"atol": 5e-2, "rtol": 1e-2}  # of bfloat16, once
+    assert not found_low[:, rank:].any()
+    torch.testing.assert_close(found_low[:, :rank].double(), low, **rounding)
+    torch.testing.assert_close(y.double(), expected_y, **rounding)
+    torch.testing.assert_close(dx.double(), expected_dx, **rounding)
+    for found, expected in ((da, grad_low.T @ seen), (db, scale * grad.double().T @ low)):
+        assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_pytorchs_products_agree(monkeypatch, p):
+    monkeypatch.setattr(lora_by_torch, "cpu_multiplies_bf16", lambda: False)  # float32: exact
+    x, y, grad, dx, a, b = make(70, 64, 96, 8)
+    dropout, results = Dropout(p) if p else None, []
+    for part in (lora, lora_by_torch):
+        own_y, own_dx = y.clone(), dx.clone()
+        low = part.add_forward(x, a, b, own_y, dropout, 0.5)
+        gradients = part.add_backward(x, a, b, low, grad, own_dx, dropout, 0.5)
+        results.append([own_y.float(), own_dx.float(), *gradients])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_where_nothing_reaches_the_input_nothing_is_added():
+    x, _, grad, _, a, b = make(9, 32, 32, 4)
+    low = lora.add_forward(x, a, b, torch.zeros(9, 32, dtype=x.dtype), None, 1.0)
+    with_dx = lora.add_backward(x, a, b, low, grad, torch.zeros_like(x), None, 1.0)
+    without = lora.add_backward(x, a, b, low, grad, None, None, 1.0)
+    assert all(torch.equal(i, j) for i, j in zip(with_dx, without, strict=True))
+
+
+def test_broken_numbers_stay_broken():
+    for value in (float("nan"), float("inf")):
+        x, y, grad, dx, a, b = make(9, 32, 32, 4)
+        x[3, 5] = grad[4, 6] = value
+        low = lora.add_forward(x, a, b, y, None, 1.0)
+        da, db = lora.add_backward(x, a, b, low, grad, dx, None, 1.0)
+        assert not y[3].isfinite().all() and not dx[4].isfinite().all()
+        assert not da.isfinite().all() and not db.isfinite().all()
+
+
+def test_what_it_does_not_take():
+    x, _, _, _, a, b = make(9, 32, 64, 4)
+    assert lora.takes(x, a, b)
+    assert not lora.takes(x.float(), a, b)
+    assert not lora.takes(x, a.bfloat16(), b)
+    assert not lora.takes(x[:, :20], a[:, :20].contiguous(), b)
+    assert not lora.takes(x.t(), a, b)
+    assert not lora.takes(x, a, b[:20].contiguous())

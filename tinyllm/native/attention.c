@@ -1,0 +1,272 @@
+/* Causal attention within packed examples, forwards and backwards, with the rotary embedding of queries and
+ * keys.  Arrays are float32 or bfloat16 (half set) as the projections leave them, (positions, heads, size); in
+ * between everything is float32.  One task is one example and one key-value head with its queries' heads, so
+ * that no two threads add to one number.  Keys and values of an example are laid out once, queries go
+ * ROWS at a time; the weights are never stored, but computed again from the sums of their exponentials (Dao et al.
+ * 2022, arXiv:2205.14135, section 3.1).
+ * Compiled by code.py; the Python side is attention.py.
+ */
+#include "numbers.h"
+#include <stdlib.h>
+
+#define ROWS 16 /* queries at a time, a multiple of TALL */
+#define TALL 4  /* a tile of a product: rows, and vectors of a row; as many as registers hold */
+#define WIDE (LANES == 16 ? 4 : 2)
+#define MOST 256 /* most numbers of a head */
+
+typedef struct {
+    const void *q, *k, *v, *cos, *sin; /* cos and sin: (positions, size), or none */
+    void *out;                         /* as q */
+    float *sums;                       /* (positions, heads), log of the sum of exponentials */
+    const void *grad;                  /* of out; and of q, k and v: */
+    void *dq, *dk, *dv;
+    const int32_t *starts; /* of each example, and the end */
+    float scale;
+    int32_t examples, heads, kv_heads, size, half;
+} Attention;
+
+/* What one thread works in; rows of `wide` (size filled up with zeros) or `most` (positions) numbers. */
+typedef struct {
+    int wide, most;
+    float *memory, *cos, *sin, *keys, *keys_across, *values, *dkeys, *dvalues, *queries, *grads, *outs, *weights,
+        *dweights;
+} Scratch;
+
+static int rounded_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+static int longest(const Attention *a) {
+    int most = 0;
+    for (int e = 0; e < a->examples; e++)
+        if (a->starts[e + 1] - a->starts[e] > most) most = a->starts[e + 1] - a->starts[e];
+    return most;
+}
+
+static Scratch scratch_for(const Attention *a) {
+    Scratch s = {.wide = rounded_up(a->size, LANES), .most = rounded_up(longest(a), ROWS)};
+    size_t square = (size_t)s.wide * s.most, rows = (size_t)ROWS * s.wide, lines = (size_t)ROWS * s.most;
+    float **parts[] = {&s.cos, &s.sin, &s.keys, &s.keys_across, &s.values, &s.dkeys, &s.dvalues};
+    float **blocks[] = {&s.queries, &s.grads, &s.outs}, **tables[] = {&s.weights, &s.dweights};
+    float *next = s.memory = aligned_alloc(64, 4 * (7 * square + 3 * rows + 2 * lines));
+    if (!next) abort();
+    for (int i = 0; i < 7; i++) *parts[i] = next, next += square;
+    for (int i = 0; i < 3; i++) *blocks[i] = next, next += rows;
+    for (int i = 0; i < 2; i++) *tables[i] = next, next += lines;
+    return s;
+}
+
+/* A tile of c (+)= a b, where a[row][k] lies at row * down + k * along. */
+INLINE void tile(float *c, int cols, const float *a, int down, int along, const float *b, int depth,
+                 const int vectors, const int add) {
+    vec sums[TALL][WIDE];
+    UNROLL for (int i = 0; i < TALL; i++)
+        UNROLL for (int j = 0; j < vectors; j++) sums[i][j] = add ? load(c + i * cols + j * LANES) : (vec){0};
+    for (int k = 0; k < depth; k++) {
+        UNROLL for (int j = 0; j < vectors; j++) {
+            vec right = load(b + (int64_t)k * cols + j * LANES);
+            UNROLL for (int i = 0; i < TALL; i++)
+                sums[i][j] = multiply_add((vec){0} + a[i * down + k * along], right, sums[i][j]);
+        }
+    }
+    UNROLL for (int i = 0; i < TALL; i++)
+        UNROLL for (int j = 0; j < vectors; j++) store(c + i * cols + j * LANES, sums[i][j]);
+}
+
+/* c (+)= a b: c (rows, cols used of width), b (depth, same); rows in fours, cols in lanes. */
+INLINE void multiply(float *c, int rows, int used, int width, const float *a, int down, int along, const float *b,
+                     int depth, const int add) {
+    for (int i = 0; i < rows; i += TALL)
+        for (int j = 0; j < used; j += WIDE * LANES) {
+            float *to = c + (int64_t)i * width + j;
+            const float *left = a + (int64_t)i * down;
+            switch ((used - j) / LANES) {
+            case 1: tile(to, width, left, down, along, b + j, depth, 1, add); break;
+            case 2: tile(to, width, left, down, along, b + j, depth, 2, add); break;
+            case 3: tile(to, width, left, down, along, b + j, depth, WIDE < 3 ? WIDE : 3, add); break;
+            default: tile(to, width, left, down, along, b + j, depth, WIDE, add);
+            }
+        }
+}
+
+INLINE void read_row(const void *x, int64_t at, float *to, int size, int wide, const int half) {
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) store(to + i, get(x, at + i, half));
+    if (i < wide) store(to + i, get_some(x, at + i, size - i, half));
+}
+
+INLINE void write_row(void *x, int64_t at, const float *from, int size, const int half) {
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) put(x, at + i, load(from + i), half);
+    if (i < size) put_some(x, at + i, size - i, load(from + i), half);
+}
+
+/* The rotation of pairs (i, i + size / 2) (Su et al. 2021, arXiv:2104.09864, equation 34, in the order of
+ * pairs of transformers), and its transpose, which brings a gradient back. */
+INLINE void rotate(float *row, const float *cos, const float *sin, int size, const int back) {
+    int middle = size / 2;
+    for (int i = 0; i < middle; i++) {
+        float x = row[i], y = row[i + middle], first = sin[i], second = sin[i + middle];
+        row[i] = x * cos[i] + (back ? y * second : -y * first);
+        row[i + middle] = y * cos[i + middle] + (back ? -x * first : x * second);
+    }
+}
+
+/* A head of `num` positions, the rows after them 0. */
+INLINE void read_head(const void *x, int64_t first, int num, int heads, int head, const Attention *a,
+                      const Scratch *s, float *to, int rows, const float *cos, const float *sin, const int half) {
+    for (int i = 0; i < num; i++) {
+        float *row = to + (int64_t)i * s->wide;
+        read_row(x, ((first + i) * heads + head) * a->size, row, a->size, s->wide, half);
+        if (cos) rotate(row, cos + (int64_t)i * s->wide, sin + (int64_t)i * s->wide, a->size, 0);
+    }
+    memset(to + (int64_t)num * s->wide, 0, 4 * (size_t)(rows - num) * s->wide);
+}
+
+INLINE void write_head(void *x, int64_t first, int num, int heads, int head, const Attention *a, const Scratch *s,
+                       float *from, const float *cos, const float *sin, const int half) {
+    for (int i = 0; i < num; i++) {
+        float *row = from + (int64_t)i * s->wide;
+        if (cos) rotate(row, cos + (int64_t)i * s->wide, sin + (int64_t)i * s->wide, a->size, 1);
+        write_row(x, ((first + i) * heads + head) * a->size, row, a->size, half);
+    }
+}
+
+INLINE void turn(const float *x, float *y, int rows, int cols, int height) {
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) y[(int64_t)j * height + i] = x[(int64_t)i * cols + j];
+}
+
+/* cos and sin of an example; none without rotation. */
+INLINE void read_angles(const Attention *a, int64_t first, int num, Scratch *s, const int half) {
+    if (!a->cos) {
+        s->cos = s->sin = NULL;
+        return;
+    }
+    for (int i = 0; i < num; i++) {
+        read_row(a->cos, (first + i) * a->size, s->cos + (int64_t)i * s->wide, a->size, s->wide, half);
+        read_row(a->sin, (first + i) * a->size, s->sin + (int64_t)i * s->wide, a->size, s->wide, half);
+    }
+}
+
+INLINE const float *angle(const float *angles, const Scratch *s, int row) {
+    return angles ? angles + (int64_t)row * s->wide : NULL;
+}
+
+/* Of a row of products, the exponentials of the first `known` less `log`, the others 0. */
+INLINE vec exponentials(float *row, int known, int used, float scale, float log) {
+    vec total = {0}, lanes, zero = {0};
+    for (int j = 0; j < LANES; j++) lanes[j] = j;
+    for (int j = 0; j < used; j += LANES) {
+        vec weight = choose(lanes + (float)j < (float)known, exponential(load(row + j) * scale - log), zero);
+        store(row + j, weight);
+        total += weight;
+    }
+    return total;
+}
+
+INLINE float largest(const float *row, int known) {
+    float most = row[0];
+    for (int j = 1; j < known; j++) most = row[j] > most ? row[j] : most;
+    return most;
+}
+
+/* Queries from `from` on, of one head: their outputs and the logs of their sums. */
+INLINE void attend_rows(const Attention *a, Scratch *s, int64_t first, int from, int rows, int head,
+                        const int half) {
+    const float *cos = angle(s->cos, s, from), *sin = angle(s->sin, s, from);
+    int used = rounded_up(from + rows, LANES);
+    read_head(a->q, first + from, rows, a->heads, head, a, s, s->queries, ROWS, cos, sin, half);
+    multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
+    for (int i = 0; i < rows; i++) {
+        float *row = s->weights + (int64_t)i * s->most, most = a->scale * largest(row, from + i + 1);
+        float total = sum(exponentials(row, from + i + 1, used, a->scale, most));
+        for (int j = 0; j < used; j++) row[j] /= total;
+        a->sums[(first + from + i) * a->heads + head] = most + logf(total);
+    }
+    multiply(s->outs, ROWS, s->wide, s->wide, s->weights, s->most, 1, s->values, from + rows, 0);
+    write_head(a->out, first + from, rows, a->heads, head, a, s, s->outs, NULL, NULL, half);
+}
+
+INLINE void attend(const Attention *a, Scratch s, int example, int kv_head, const int half) {
+    int64_t first = a->starts[example];
+    int num = a->starts[example + 1] - first, group = a->heads / a->kv_heads;
+    read_angles(a, first, num, &s, half);
+    read_head(a->k, first, num, a->kv_heads, kv_head, a, &s, s.keys, rounded_up(num, ROWS), s.cos, s.sin, half);
+    read_head(a->v, first, num, a->kv_heads, kv_head, a, &s, s.values, num, NULL, NULL, half);
+    turn(s.keys, s.keys_across, rounded_up(num, ROWS), s.wide, s.most);
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
+        for (int from = 0; from < num; from += ROWS)
+            attend_rows(a, &s, first, from, num - from < ROWS ? num - from : ROWS, head, half);
+}
+
+/* dS = P (dP - sum(g out)), into dweights; P into weights. */
+INLINE void weights_back(const Attention *a, Scratch *s, int64_t first, int from, int rows, int used, int head) {
+    for (int i = 0; i < ROWS; i++) {
+        float *weights = s->weights + (int64_t)i * s->most, *changes = s->dweights + (int64_t)i * s->most;
+        int known = i < rows ? from + i + 1 : 0;
+        vec given = {0};
+        for (int d = 0; d < s->wide; d += LANES)
+            given += load(s->grads + i * s->wide + d) * load(s->outs + i * s->wide + d);
+        float mean = sum(given), log = known ? a->sums[(first + from + i) * a->heads + head] : 0.0f;
+        exponentials(weights, known, used, a->scale, log);
+        for (int j = 0; j < used; j += LANES)
+            store(changes + j, a->scale * load(weights + j) * (load(changes + j) - mean));
+    }
+}
+
+/* Queries from `from` on, of one head: their gradients, and what they add to those of keys and values. */
+INLINE void attend_rows_back(const Attention *a, Scratch *s, const float *values_across, int64_t first, int from,
+                             int rows, int head, const int half) {
+    const float *cos = angle(s->cos, s, from), *sin = angle(s->sin, s, from);
+    int used = rounded_up(from + rows, LANES), seen = rounded_up(from + rows, TALL);
+    read_head(a->q, first + from, rows, a->heads, head, a, s, s->queries, ROWS, cos, sin, half);
+    read_head(a->grad, first + from, rows, a->heads, head, a, s, s->grads, ROWS, NULL, NULL, half);
+    read_head(a->out, first + from, rows, a->heads, head, a, s, s->outs, ROWS, NULL, NULL, half);
+    multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
+    multiply(s->dweights, ROWS, used, s->most, s->grads, s->wide, 1, values_across, s->wide, 0);
+    weights_back(a, s, first, from, rows, used, head);
+    multiply(s->dvalues, seen, s->wide, s->wide, s->weights, 1, s->most, s->grads, ROWS, 1);
+    multiply(s->dkeys, seen, s->wide, s->wide, s->dweights, 1, s->most, s->queries, ROWS, 1);
+    multiply(s->outs, ROWS, s->wide, s->wide, s->dweights, s->most, 1, s->keys, from + rows, 0);
+    write_head(a->dq, first + from, rows, a->heads, head, a, s, s->outs, cos, sin, half);
+}
+
+INLINE void attend_back(const Attention *a, Scratch s, int example, int kv_head, const int half) {
+    int64_t first = a->starts[example];
+    int num = a->starts[example + 1] - first, group = a->heads / a->kv_heads, filled = rounded_up(num, ROWS);
+    size_t square = 4 * (size_t)filled * s.wide;
+    read_angles(a, first, num, &s, half);
+    read_head(a->v, first, num, a->kv_heads, kv_head, a, &s, s.keys, filled, NULL, NULL, half);
+    turn(s.keys, s.values, filled, s.wide, s.most); /* the values are needed across alone */
+    read_head(a->k, first, num, a->kv_heads, kv_head, a, &s, s.keys, filled, s.cos, s.sin, half);
+    turn(s.keys, s.keys_across, filled, s.wide, s.most);
+    memset(s.dkeys, 0, square), memset(s.dvalues, 0, square);
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
+        for (int from = 0; from < num; from += ROWS)
+            attend_rows_back(a, &s, s.values, first, from, num - from < ROWS ? num - from : ROWS, head, half);
+    write_head(a->dk, first, num, a->kv_heads, kv_head, a, &s, s.dkeys, s.cos, s.sin, half);
+    write_head(a->dv, first, num, a->kv_heads, kv_head, a, &s, s.dvalues, NULL, NULL, half);
+}
+
+void attention_forward(const Attention *a) {
+#pragma omp parallel
+    {
+        Scratch s = scratch_for(a);
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < a->examples * a->kv_heads; task++)
+            if (a->half) attend(a, s, task / a->kv_heads, task % a->kv_heads, 1);
+            else attend(a, s, task / a->kv_heads, task % a->kv_heads, 0);
+        free(s.memory);
+    }
+}
+
+void attention_backward(const Attention *a) {
+#pragma omp parallel
+    {
+        Scratch s = scratch_for(a);
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < a->examples * a->kv_heads; task++)
+            if (a->half) attend_back(a, s, task / a->kv_heads, task % a->kv_heads, 1);
+            else attend_back(a, s, task / a->kv_heads, task % a->kv_heads, 0);
+        free(s.memory);
+    }
+}

@@ -1,0 +1,111 @@
+"""``attention.c`` for tensors: attention within packed examples, for training on a CPU.
+
+PyTorch's kernel wants examples side by side, in float32 (its backward pass in bfloat16 is slower), and
+the rotary embedding done before it: a dozen copies and small operations a layer, more than the attention of short
+examples itself.  The library is compiled at its first use; without a compiler :func:`library` gives None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tinyllm.native import code
+from tinyllm.native.pointwise import TYPES
+
+SOURCE = Path(__file__).with_name("attention.c")
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("numbers", "vectors")]
+MOST_OF_A_HEAD = 256
+
+
+class Attention(ctypes.Structure):
+    """``Attention`` of ``attention.c``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in
+          ("q", "k", "v", "cos", "sin", "out", "sums", "grad", "dq", "dk", "dv", "starts")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("examples", "heads", "kv_heads", "size", "half")),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot be had."""
+    found = code.load(SOURCE, *HEADERS)
+    if found is None:
+        return None
+    for function in (found.attention_forward, found.attention_backward):
+        function.argtypes, function.restype = [ctypes.POINTER(Attention)], None
+    return found
+
+
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether the code reads these queries, keys, values and angles: on a CPU, all of one type that it
+    knows, with heads of one usual size (so none that is rotated in part).
+    """
+    first, size = tensors[0], tensors[0].shape[-1]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in TYPES
+        and all(t.dtype == first.dtype and t.shape[-1] == size for t in tensors)
+        and all(type(t) is torch.Tensor for t in tensors)  # with memory
+        and size <= MOST_OF_A_HEAD
+        and size % 2 == 0
+        and not torch.is_autocast_enabled("cpu")
+        and library() is not None
+    )
+
+
+class PackedAttention(torch.autograd.Function):
+    """Causal attention in which no packed example sees another (Vaswani et al. 2017, arXiv:1706.03762,
+    section 3.2), of queries and keys that it rotates itself where angles are given.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, cos, sin, starts, scale):
+        """Attend.
+
+        Args:
+            q: ``(N, num_heads, head_dim)``.
+            k: ``(N, num_key_value_heads, head_dim)``, as ``v``.
+            cos: ``(N, head_dim)`` of q's type, as ``sin``; both None for no rotation.
+            starts: ``(num_examples + 1,)`` int32 on the CPU, where each example starts, and ``N``.
+
+        Returns:
+            ``(N, num_heads, head_dim)``.
+        """
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        angles = () if cos is None else (cos.contiguous(), sin.contiguous())
+        out = torch.empty_like(q)
+        sums = torch.empty(q.shape[:2], dtype=torch.float32)
+        tensors = (q, k, v, out, sums, starts, *angles)
+        library().attention_forward(_call(tensors, scale))
+        ctx.save_for_backward(*tensors)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tensors = ctx.saved_tensors  # a checkpointed layer allows to ask once
+        grads, grad = [torch.empty_like(t) for t in tensors[:3]], grad.contiguous()
+        named = dict(zip(("dq", "dk", "dv"), grads, strict=True), grad=grad)
+        library().attention_backward(_call(tensors, ctx.scale, **named))
+        return *grads, None, None, None, None
+
+
+def _call(tensors: tuple[torch.Tensor, ...], scale: float, **more: torch.Tensor) -> Attention:
+    q, k, v, out, sums, starts, *angles = tensors
+    assert starts.dtype == torch.int32 and starts.is_contiguous()
+    named = {"q": q, "k": k, "v": v, "out": out, "sums": sums, "starts": starts, **more}
+    named |= dict(zip(("cos", "sin"), angles, strict=False))
+    return Attention(
+        scale=scale, examples=len(starts) - 1, heads=q.shape[1], kv_heads=k.shape[1],
+        size=q.shape[2], half=int(q.dtype == torch.bfloat16),
+        **{name: tensor.data_ptr() for name, tensor in named.items()},
+    )  # fmt: skip

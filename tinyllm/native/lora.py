@@ -1,0 +1,105 @@
+"""``lora.c`` for tensors: the low-rank path of a linear layer in bfloat16, for training on a CPU.
+
+Only processors that multiply pairs of bfloat16 (AVX-512 BF16) have it; :func:`takes` says whether.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from tinyllm.native import code
+
+SOURCE = Path(__file__).with_name("lora.c")
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("draws", "numbers", "vectors")]
+LANES = 16  # the low rows are filled up to a multiple of it
+STRIP = 32  # in and out must be a multiple of it
+
+
+class Lora(ctypes.Structure):
+    """``Lora`` of ``lora.c``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in
+          ("x", "grad", "a", "b", "low", "y", "dx", "da", "db")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("in_", "out", "rank")),
+        ("scale", ctypes.c_float),
+        ("seed", ctypes.c_uint64),
+        ("threshold", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot be had, or would do nothing."""
+    found = code.load(SOURCE, *HEADERS)
+    if found is None or not found.multiplies_pairs():
+        return None
+    for function in (found.lora_forward, found.lora_backward):
+        function.argtypes, function.restype = [ctypes.POINTER(Lora)], None
+    return found
+
+
+def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
+    """Whether the code reads these: bfloat16 inputs beside a float32 adapter, in widths it knows."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and lora_a.dtype == lora_b.dtype == torch.float32
+        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, lora_a, lora_b))
+        and x.is_contiguous()
+        and lora_a.is_contiguous()
+        and lora_b.is_contiguous()
+        and x.shape[1] % STRIP == 0
+        and lora_b.shape[0] % STRIP == 0
+        and library() is not None
+    )
+
+
+def add_forward(x, lora_a, lora_b, y, dropout, scale: float) -> torch.Tensor:
+    """Add ``scale · dropout(x) Aᵀ Bᵀ`` to ``y``, in place.
+
+    Args:
+        x: ``(N, in)`` bfloat16.
+        lora_a: ``(r, in)`` float32.
+        lora_b: ``(out, r)`` float32.
+        y: ``(N, out)`` bfloat16.
+        dropout: a :class:`tinyllm.dropout.Dropout` or None.
+
+    Returns:
+        ``dropout(x) Aᵀ`` for the backward pass, ``(N, r filled up)`` bfloat16.
+    """
+    rank = -(-len(lora_a) // LANES) * LANES
+    low = torch.empty(len(x), rank, dtype=x.dtype)
+    library().lora_forward(_call(scale, dropout, x=x, a=lora_a, b=lora_b, low=low, y=y))
+    return low
+
+
+def add_backward(x, lora_a, lora_b, low, grad, dx, dropout, scale: float):
+    """Gradients through the adapter: added to ``dx`` (``(N, in)`` bfloat16, or None) in place.
+
+    Args:
+        low: what :func:`add_forward` gave.
+        grad: ``(N, out)`` bfloat16, contiguous.
+
+    Returns:
+        ``(dA, dB)`` float32.
+    """
+    da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
+    tensors = {"x": x, "a": lora_a, "b": lora_b, "low": low, "grad": grad, "da": da, "db": db}
+    library().lora_backward(_call(scale, dropout, **tensors, **({} if dx is None else {"dx": dx})))
+    return da, db
+
+
+def _call(scale: float, dropout, **tensors: torch.Tensor) -> Lora:
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    x, a, b = tensors["x"], tensors["a"], tensors["b"]
+    return Lora(
+        rows=len(x), in_=a.shape[1], out=b.shape[0], rank=a.shape[0], scale=scale,
+        seed=dropout.seed if dropout else 0, threshold=dropout.threshold if dropout else 0,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )  # fmt: skip

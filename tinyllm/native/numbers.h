@@ -1,0 +1,60 @@
+/* Arrays of float32 or, with `half` set, bfloat16, read and written as vectors of floats. */
+#pragma once
+#include "vectors.h"
+
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+INLINE vec widen(shorts halves) {
+#ifdef __AVX512F__ /* one instruction instead of the four that GCC makes of the general line */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#else
+    return (vec)(__builtin_convertvector(halves, words) << 16);
+#endif
+}
+
+/* To bfloat16: to the nearest, ties to even. */
+INLINE shorts narrow(vec v) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    return (shorts)_mm512_cvtneps_pbh((__m512)v);
+#else
+    words bits = (words)v;
+    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, shorts);
+#endif
+}
+
+INLINE vec get(const void *at, int64_t i, const int half) {
+    return half ? widen(*(const shorts *)((const uint16_t *)at + i)) : load((const float *)at + i);
+}
+
+INLINE void put(void *at, int64_t i, vec v, const int half) {
+    if (half) *(shorts *)((uint16_t *)at + i) = narrow(v);
+    else store((float *)at + i, v);
+}
+
+/* Fewer than LANES numbers, the rest 0. */
+INLINE vec get_some(const void *at, int64_t i, int num, const int half) {
+    char lanes[4 * LANES] = {0};
+    memcpy(lanes, (const char *)at + i * (half ? 2 : 4), num * (half ? 2 : 4));
+    return get(lanes, 0, half);
+}
+
+INLINE void put_some(void *at, int64_t i, int num, vec v, const int half) {
+    char lanes[4 * LANES];
+    put(lanes, 0, v, half);
+    memcpy((char *)at + i * (half ? 2 : 4), lanes, num * (half ? 2 : 4));
+}
+
+INLINE vec rounded(vec v, const int half) { return half ? widen(narrow(v)) : v; }
+
+INLINE float widened(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint16_t narrowed(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
