@@ -104,9 +104,12 @@ def train_ours(job: dict) -> dict:
     """``python sft_lora.py`` as a user types it, with the callback added to its Trainer."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import sft_lora
-    from tinyllm import sft
+    from tinyllm.imports import without_collections
 
-    timer, build = step_timer(job), sft.build_trainer
+    with without_collections():  # as sft_lora.main() imports them; then they are there already
+        from tinyllm import sft
+
+        timer, build = step_timer(job), sft.build_trainer
 
     def build_and_watch(*args, **kwargs):
         trainer = build(*args, **kwargs)

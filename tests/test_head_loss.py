@@ -23,8 +23,15 @@ def other_families():
     return [make_model(), *map(AutoModelForCausalLM.from_config, configs)]
 
 
+@pytest.fixture(params=[True, False])
+def compiled(request, monkeypatch):
+    """With the compiled exponentials, where there is a compiler, and without."""
+    if not request.param:
+        monkeypatch.setattr(head_loss.pointwise, "takes", lambda *tensors: False)
+
+
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 21])
-def test_loss_and_gradient_equal_pytorchs(monkeypatch, chunk):
+def test_loss_and_gradient_equal_pytorchs(monkeypatch, compiled, chunk):
     monkeypatch.setitem(head_loss.CHUNK_ELEMENTS, "cpu", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(23, 16, requires_grad=True)
@@ -37,7 +44,7 @@ def test_loss_and_gradient_equal_pytorchs(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize("size", [1, 32, 45])
-def test_filled_rows_count_for_nothing(size):
+def test_filled_rows_count_for_nothing(compiled, size):
     torch.manual_seed(0)
     hidden = torch.randn(size, 16).bfloat16().requires_grad_()
     weight, ids = torch.randn(300, 16).bfloat16(), torch.randint(0, 300, (size,))
@@ -49,7 +56,7 @@ def test_filled_rows_count_for_nothing(size):
     torch.testing.assert_close(found, gradient, rtol=5e-2, atol=5e-2)
 
 
-def test_huge_logits_stay_finite():
+def test_huge_logits_stay_finite(compiled):
     hidden = torch.full((2, 4), 1e4, requires_grad=True)
     weight = torch.eye(4)[:3]
     loss = FrozenHeadLoss.apply(hidden, weight, torch.tensor([0, 2]))

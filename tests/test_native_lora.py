@@ -7,7 +7,16 @@ from tinyllm import lora_by_torch
 from tinyllm.dropout import Dropout, mask
 from tinyllm.native import lora
 
-SHAPES = [(64, 32, 64, 16), (37, 96, 32, 4), (1, 32, 32, 1), (130, 64, 96, 20), (5, 32, 160, 64)]
+SHAPES = [
+    (64, 32, 64, 16),
+    (37, 96, 32, 4),
+    (1, 32, 32, 1),
+    (130, 64, 96, 20),
+    (5, 32, 160, 64),
+    (70, 120, 20, 16),
+    (9, 4, 2, 3),
+    (65, 36, 70, 8),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +94,6 @@ def test_what_it_does_not_take():
     assert lora.takes(x, a, b)
     assert not lora.takes(x.float(), a, b)
     assert not lora.takes(x, a.bfloat16(), b)
-    assert not lora.takes(x[:, :20], a[:, :20].contiguous(), b)
-    assert not lora.takes(x.t(), a, b)
-    assert not lora.takes(x, a, b[:20].contiguous())
+    assert not lora.takes(x[:, :30].contiguous(), a[:, :30].contiguous(), b)
+    assert not lora.takes(x[:8].t(), a[:, :8].contiguous(), b)
+    assert not lora.takes(x, a, b[:21].contiguous())

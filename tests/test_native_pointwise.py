@@ -68,6 +68,22 @@ def test_gate(processor, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("words", [5, 64, 1003])
+def test_exponentials_and_cross_entropy(processor, dtype, words):
+    torch.manual_seed(0)
+    logits, ids = (5 * torch.randn(19, words)).to(dtype), torch.randint(0, words, (19,))
+    logits[3] += 1000
+    expected = torch.nn.functional.cross_entropy(logits.double(), ids, reduction="none")
+    shares, found = logits.double().softmax(-1), logits.clone()
+    losses, totals = pointwise.exponentiate(found, ids)
+    torch.testing.assert_close(losses.double(), expected, atol=1e-5, rtol=1e-5)
+    close = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-4, "rtol": 4e-3}
+    torch.testing.assert_close(found.double() / totals[:, None], shares, **close)
+    logits[2, words - 1] = float("nan")
+    assert pointwise.exponentiate(logits, ids)[0].isfinite().tolist() == [i != 2 for i in range(19)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", [1, 7, 400])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.99999])
 def test_dropout_is_numpys(processor, dtype, rows, p):

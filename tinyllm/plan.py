@@ -18,7 +18,7 @@ import torch
 
 from tinyllm.batches import Batch, collate, split, targets
 from tinyllm.data import Data
-from tinyllm.head_loss import CHUNK_ELEMENTS, LARGE_CHUNK_ELEMENTS
+from tinyllm.head_loss import chunk_bytes
 from tinyllm.lora import count_parameters
 from tinyllm.memory import resident_bytes
 from tinyllm.settings import Settings
@@ -26,7 +26,6 @@ from tinyllm.settings import Settings
 FLOAT32 = 4
 ADAM_BYTES = 2 * FLOAT32  # two moments for each trained parameter
 LOGIT_COPIES = 3  # logits, their log-softmax and the gradient, before the first is let go
-CHUNK_COPIES = 2  # of a chunk of logits, when the loss is computed in chunks
 # What a CPU process takes besides once it trains: libraries imported at the first step, and memory
 # that the allocator keeps; benchmarks/memory_estimate.py found 110 to 170 MiB.
 TRAINING_OVERHEAD = 140 * 2**20
@@ -231,8 +230,7 @@ def logits_bytes(trainer, data: Data, tokens: int) -> int:
     """Logits of the largest training or evaluation batch, as many copies as are held at once."""
     words = vocabulary(trainer)
     if trainer.chunked_loss and trainer.accelerator.num_processes == 1:
-        chunk = CHUNK_ELEMENTS.get(trainer.args.device.type, LARGE_CHUNK_ELEMENTS)
-        return FLOAT32 * CHUNK_COPIES * min(chunk, tokens * words)
+        return chunk_bytes(trainer.causal_model.get_output_embeddings().weight, tokens * words)
     share = data.train.num_supervised / max(1, len(data.train.input_ids))
     learned = tokens * share
     if data.held_out:

@@ -238,7 +238,7 @@ class SftArguments(TrainingArguments):
         True, "Compute the loss under a frozen head a few positions at a time; False all at once."
     )
     fused_layers: bool = setting(
-        True, "On a CPU, compute norms and gates in compiled code; False: transformers' own."
+        True, "On a CPU, run norms, gates and attention in compiled code; False: transformers' own."
     )
     fill_rows: bool = setting(
         True,

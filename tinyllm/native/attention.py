@@ -18,7 +18,7 @@ from tinyllm.native import code
 from tinyllm.native.pointwise import TYPES
 
 SOURCE = Path(__file__).with_name("attention.c")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("numbers", "vectors")]
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("tiles", "numbers", "vectors")]
 MOST_OF_A_HEAD = 256
 
 

@@ -14,9 +14,9 @@ import torch
 from tinyllm.native import code
 
 SOURCE = Path(__file__).with_name("lora.c")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("draws", "numbers", "vectors")]
+HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("draws", "pairs", "numbers", "vectors")]
 LANES = 16  # the low rows are filled up to a multiple of it
-STRIP = 32  # in and out must be a multiple of it
+DECIDED, PAIR = 4, 2  # numbers that one random number decides, and that are multiplied together
 
 
 class Lora(ctypes.Structure):
@@ -54,8 +54,8 @@ def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
         and x.is_contiguous()
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()
-        and x.shape[1] % STRIP == 0
-        and lora_b.shape[0] % STRIP == 0
+        and x.shape[1] % DECIDED == 0
+        and lora_b.shape[0] % PAIR == 0
         and library() is not None
     )
 

@@ -1,5 +1,5 @@
 /* What a training step does between its matrix products, in one pass over memory each: dropout, RMS norm and
- * the gate of the MLP, forwards and backwards.  Numbers are float32 or bfloat16 (half set); arithmetic
+ * the gate of the MLP, forwards and backwards, and the exponentials of the loss.  Numbers are float32 or bfloat16 (half set); arithmetic
  * is float32, rounded to bfloat16 where transformers' own layers round.
  * Compiled by code.py; the Python side is pointwise.py.
  */
@@ -139,6 +139,56 @@ void gate_backward(const void *g, const void *gate, const void *up, void *d_gate
                    int32_t half) {
     if (half) gate_all_back(g, gate, up, d_gate, d_up, n, 1);
     else gate_all_back(g, gate, up, d_gate, d_up, n, 0);
+}
+
+INLINE float largest(const void *x, int64_t at, int64_t size, const int half) {
+    vec most = (vec){0} - INFINITY, v;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) v = get(x, at + i, half), most = choose(v > most, v, most);
+    float found = most[0];
+    for (int j = 1; j < LANES; j++) found = most[j] > found ? most[j] : found;
+    for (; i < size; i++) {
+        float one = half ? widened(((const uint16_t *)x)[at + i]) : ((const float *)x)[at + i];
+        found = one > found ? one : found;
+    }
+    return found;
+}
+
+/* A row of logits becomes its exponentials up to a factor, and their sum is returned. */
+INLINE float exponentials(void *x, int64_t at, int64_t size, float most, const int half) {
+    vec total = {0}, v;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        v = exponential(get(x, at + i, half) - most), total += v;
+        put(x, at + i, v, half);
+    }
+    float found = sum(total);
+    if (i < size) {
+        v = exponential(get_some(x, at + i, size - i, half) - most);
+        put_some(x, at + i, size - i, v, half);
+        for (int j = 0; j < size - i; j++) found += v[j];
+    }
+    return found;
+}
+
+INLINE void exponentiate_all(void *logits, const int64_t *ids, float *losses, float *totals, int64_t rows,
+                             int64_t size, const int half) {
+#pragma omp parallel for schedule(static) if (rows * size > SHARE)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = row * size, wanted = at + ids[row];
+        float most = largest(logits, at, size, half);
+        float chosen = half ? widened(((uint16_t *)logits)[wanted]) : ((float *)logits)[wanted];
+        totals[row] = exponentials(logits, at, size, most, half);
+        losses[row] = logf(totals[row]) - (chosen - most);
+    }
+}
+
+/* Logits become their exponentials, each row up to a factor; and the cross-entropy of each row's id, and the sum by
+ * which its exponentials are to be divided. */
+void exponentiate(void *logits, const int64_t *ids, float *losses, float *totals, int64_t rows, int64_t size,
+                  int32_t half) {
+    if (half) exponentiate_all(logits, ids, losses, totals, rows, size, 1);
+    else exponentiate_all(logits, ids, losses, totals, rows, size, 0);
 }
 
 int32_t lanes(void) { return LANES; }

@@ -26,6 +26,7 @@ ARGUMENTS = {
     "norm_backward": [POINTER] * 5 + [NUMBER, INT, INT],
     "gate_forward": [POINTER] * 3 + [NUMBER, INT],
     "gate_backward": [POINTER] * 5 + [NUMBER, INT],
+    "exponentiate": [POINTER] * 4 + [NUMBER, NUMBER, INT],
 }
 
 
@@ -76,6 +77,25 @@ def add_kept(y: torch.Tensor, x: torch.Tensor, seed: int, threshold: int) -> Non
     x = x.contiguous()
     assert y.is_contiguous() and y.shape == x.shape and y.dtype == x.dtype
     library().add_kept(x.data_ptr(), y.data_ptr(), x.numel(), seed, threshold, _half(x))
+
+
+def exponentiate(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace logits (n, V) by their exponentials, each row up to a factor.
+
+    Returns:
+        The cross-entropy of each of ``ids`` (n,), (n,) float32; and each row's sum, (n,) float32, by which
+        its exponentials are to be divided to be probabilities.
+    """
+    assert logits.is_contiguous() and ids.is_contiguous() and ids.dtype == torch.int64
+    assert logits.shape[:1] == ids.shape and (
+        not len(ids) or 0 <= ids.min() <= ids.max() < logits.shape[1]
+    )
+    losses, totals = (torch.empty(len(ids), dtype=torch.float32) for _ in range(2))
+    library().exponentiate(
+        logits.data_ptr(), ids.data_ptr(), losses.data_ptr(), totals.data_ptr(), *logits.shape,
+        _half(logits),
+    )  # fmt: skip
+    return losses, totals
 
 
 class RmsNorm(torch.autograd.Function):

@@ -52,8 +52,8 @@ class HeadLoss(torch.autograd.Function):
 
 def loss_and_gradient(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss, () float32, and its gradient by the logits (n, V), in their dtype."""
-    dtype, logits = logits.dtype, logits.float()
-    loss, total = exponentiate(logits, ids)
+    dtype = logits.dtype
+    logits, loss, total = exponentiate(logits.float(), ids)
     logits.div_(total)
     logits.scatter_add_(-1, ids[:, None], torch.full_like(total, -1.0))
     return loss, logits.to(dtype)
