@@ -126,6 +126,18 @@ def test_disabled_merged_and_evaluated_layers_are_pefts():
     torch.testing.assert_close(with_adapter, loss_of(merged, ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_rows_at_all(dtype):
+    """What a head with LoRA gets where a rank has nothing to learn."""
+    layer = next(m for m in lora_model(True, dtype=dtype).modules() if type(m) is FastLoraLinear)
+    x = torch.zeros(1, 0, 32, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (1, 0, 32)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
+
+
 def test_under_autocast_pefts_own_forward_is_taken():
     ids, model = torch.randint(5, 480, (2, 9)), lora_model(True)
     with torch.autocast("cpu", torch.bfloat16):

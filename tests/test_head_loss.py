@@ -56,6 +56,22 @@ def test_filled_rows_count_for_nothing(compiled, size):
     torch.testing.assert_close(found, gradient, rtol=5e-2, atol=5e-2)
 
 
+def test_a_label_that_is_no_word_is_an_error():
+    hidden, weight = torch.randn(2, 8), torch.randn(5, 8)
+    for ids in ([0, 5], [-1, 0]):
+        with pytest.raises((IndexError, RuntimeError)):
+            FrozenHeadLoss.apply(hidden, weight, torch.tensor(ids))
+
+
+def test_chunks_fit_the_rows_that_they_are_filled_up_to():
+    for words in (1003, 49_152, 128_256, 1 << 24):
+        half = torch.empty(words, 0, dtype=torch.bfloat16)
+        rows = head_loss.chunk_rows(half)
+        assert rows % 32 == 0 and rows > 0
+        assert head_loss.chunk_rows(half.float()) == max(1, (1 << 23) // words)
+        assert head_loss.chunk_bytes(half, 3) >= 32 * words * 2
+
+
 def test_huge_logits_stay_finite(compiled):
     hidden = torch.full((2, 4), 1e4, requires_grad=True)
     weight = torch.eye(4)[:3]

@@ -6,6 +6,7 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tinyllm import fused_layers
 from tinyllm.attention import use_packed_attention
 from tinyllm.batches import model_inputs
 from tinyllm.fused_layers import use_fused_layers
@@ -67,6 +68,19 @@ def test_outputs_and_gradients(processor, dtype, heads, kv_heads, size, rotates)
         assert (one - other).norm() < CLOSE[dtype] * other.norm()
 
 
+@pytest.mark.parametrize("offset", [0, 8])
+def test_gradients_stay_exact_where_values_have_much_in_common(processor, offset):
+    """The sum that is taken off each row of gradients is not made of rounded outputs."""
+    q, k, v, _, _, grad = make(2, 2, 32, torch.bfloat16, [60])
+    v = (v + offset * torch.randn(32)).bfloat16()
+    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    PackedAttention.apply(*inputs, None, None, starts_of([60]), 0.2).backward(grad)
+    one_by_one(*exact, None, None, [60], 0.2).backward(grad.double())
+    for a, b in zip(inputs, exact, strict=True):
+        assert (a.grad - b.grad).norm() < 3e-3 * b.grad.norm()
+
+
 def test_heads_that_lie_otherwise_in_memory(processor):
     q, k, v, cos, sin, _ = make(4, 2, 16, torch.float32, [5, 9])
     starts = starts_of([5, 9])
@@ -114,6 +128,23 @@ def test_sliding_windows_dropout_and_caches_take_transformers_way(monkeypatch):
     assert not calls
     plain(**batch_of([5]))
     assert len(calls) == 2
+    monkeypatch.setattr(fused_layers, "LONG", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    plain(**batch_of([9, 2]))  # 2 examples, 2 heads: four tasks for five threads
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("why", ["autocast", "float16"])
+def test_what_it_does_not_take_is_not_projected_twice(why):
+    if attention.library() is None:
+        pytest.skip("no C compiler")
+    model = make_model()
+    assert use_packed_attention(model) and use_fused_layers(model)
+    model, calls = (model.half() if why == "float16" else model), []
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *of: calls.append(1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        model(**batch_of([5]))
+    assert len(calls) == 1
 
 
 def batch_of(lengths):

@@ -65,7 +65,7 @@ class FastLoraLinear(PeftLinear):
             self.lora_A[name].weight, self.lora_B[name].weight,
             Dropout(p) if p else None, self.scaling[name] / (1.0 - p),
         )  # fmt: skip
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU.

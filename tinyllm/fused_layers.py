@@ -20,6 +20,7 @@ from tinyllm.native.pointwise import RmsNorm, SiluGate
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention")
+LONG = 1024  # tokens of an example, from which on idle threads cost more than is gained
 ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 
@@ -45,31 +46,39 @@ class FusedAttention(nn.Module):
     """Put before an attention's class: its ``forward`` over packed examples, without a cache."""
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
-        starts = kwargs.get("cu_seq_lens_q")
-        if args or starts is None or not self._is_plain(kwargs):
+        if args or not self._is_plain(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         q, k, v = (
             getattr(self, f"{name}_proj")(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
             for name in "qkv"
         )
+        assert q.dtype == k.dtype == v.dtype == hidden_states.dtype
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
-        if not attention.takes(q, k, v, cos, sin):
-            return super().forward(hidden_states, **kwargs)
+        starts = kwargs["cu_seq_lens_q"]
         attended = PackedAttention.apply(q, k, v, cos, sin, starts, self.scaling)
         return self.o_proj(attended.flatten(1)[None]), None
 
-    def _is_plain(self, kwargs: dict) -> bool:
-        config = self.config
+    def _is_plain(self, hidden_states: torch.Tensor, kwargs: dict) -> bool:
+        """Decided before anything is projected, for that must not be done twice."""
+        config, starts = self.config, kwargs.get("cu_seq_lens_q")
         window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
         return (
-            config._attn_implementation == PACKED_SDPA
+            starts is not None
+            and config._attn_implementation == PACKED_SDPA
             and kwargs.get("cache") is None
             and kwargs.get("past_key_values") is None
             and (window is None or kwargs["max_length_q"] <= window)
             and not (self.training and self.attention_dropout)
+            and (kwargs["max_length_q"] <= LONG or self._tasks(starts) >= torch.get_num_threads())
+            and attention.takes(hidden_states, kwargs["position_embeddings"], self.head_dim)
         )
+
+    def _tasks(self, starts: torch.Tensor) -> int:
+        """How many threads find work: examples times heads of keys and values."""
+        heads = self.config.num_attention_heads // self.num_key_value_groups
+        return (len(starts) - 1) * heads
 
 
 def _suits(*tensors: torch.Tensor) -> bool:

@@ -35,7 +35,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         """``hidden`` (n, hidden_size), ``weight`` (V, hidden_size), ``ids`` (n,) → () float32."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_ELEMENTS.get(hidden.device.type, LARGE_CHUNK_ELEMENTS) // len(weight))
+        size = chunk_rows(weight)
         for start in range(0, len(ids), size):
             here = slice(start, start + size)
             states = hidden[here]
@@ -55,9 +55,18 @@ class FrozenHeadLoss(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype), None, None
 
 
-def chunk_bytes(weight: torch.Tensor, num_logits: int) -> int:
-    """Most memory that the logits take at a time, of ``num_logits`` in all, under the head ``weight``."""
-    chunk = min(CHUNK_ELEMENTS.get(weight.device.type, LARGE_CHUNK_ELEMENTS), num_logits)
+def chunk_rows(weight: torch.Tensor) -> int:
+    """Positions at a time under the head ``weight`` (V, hidden_size)."""
+    rows = CHUNK_ELEMENTS.get(weight.device.type, LARGE_CHUNK_ELEMENTS) / len(weight)
+    return max(1, round(rows / FILLED)) * FILLED if is_filled_up(weight) else max(1, int(rows))
+
+
+def chunk_bytes(weight: torch.Tensor, num_positions: int) -> int:
+    """Most memory that the logits of so many positions take at a time under the head ``weight``."""
+    rows = min(chunk_rows(weight), num_positions)
+    if is_filled_up(weight):
+        rows += -rows % FILLED
+    chunk = rows * len(weight)
     if pointwise.takes(weight):
         return chunk * weight.element_size()
     return chunk * (torch.float32.itemsize + weight.element_size())
@@ -65,8 +74,12 @@ def chunk_bytes(weight: torch.Tensor, num_logits: int) -> int:
 
 def fill_up(states: torch.Tensor) -> torch.Tensor:
     """``states`` (n, hidden_size), and zeros up to a multiple of :data:`FILLED` where that pays."""
-    pays = states.dtype == torch.bfloat16 and states.device.type == "cpu"
-    return F.pad(states, (0, 0, 0, -len(states) % FILLED)) if pays else states
+    return F.pad(states, (0, 0, 0, -len(states) % FILLED)) if is_filled_up(states) else states
+
+
+def is_filled_up(tensor: torch.Tensor) -> bool:
+    """Whether products of this tensor get a number of rows that few others have."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
 
 
 def exponentiate(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -228,15 +228,14 @@ def _tied_bytes(model) -> int:
 
 def logits_bytes(trainer, data: Data, tokens: int) -> int:
     """Logits of the largest training or evaluation batch, as many copies as are held at once."""
-    words = vocabulary(trainer)
     if trainer.chunked_loss and trainer.accelerator.num_processes == 1:
-        return chunk_bytes(trainer.causal_model.get_output_embeddings().weight, tokens * words)
+        return chunk_bytes(trainer.causal_model.get_output_embeddings().weight, tokens)
     share = data.train.num_supervised / max(1, len(data.train.input_ids))
     learned = tokens * share
     if data.held_out:
         rows = min(len(data.held_out), trainer.args.per_device_eval_batch_size)
         learned = max(learned, data.held_out.num_supervised / len(data.held_out) * rows)
-    return int(FLOAT32 * LOGIT_COPIES * learned * words)
+    return int(FLOAT32 * LOGIT_COPIES * learned * vocabulary(trainer))
 
 
 def describe(plan: Plan, settings: Settings, trainer) -> str:

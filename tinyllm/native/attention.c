@@ -155,16 +155,16 @@ INLINE void attend(const Attention *a, Scratch s, int example, int kv_head, cons
             attend_rows(a, &s, first, from, num - from < ROWS ? num - from : ROWS, head, half);
 }
 
-/* dS = P (dP - sum(g out)), into dweights; P into weights. */
+/* dS = s P (dP - sum(P dP)), into dweights; P into weights.  The sum is that of dout and out, too, but out was
+ * rounded. */
 INLINE void weights_back(const Attention *a, Scratch *s, int64_t first, int from, int rows, int used, int head) {
     for (int i = 0; i < ROWS; i++) {
         float *weights = s->weights + (int64_t)i * s->most, *changes = s->dweights + (int64_t)i * s->most;
         int known = i < rows ? from + i + 1 : 0;
-        vec given = {0};
-        for (int d = 0; d < s->wide; d += LANES)
-            given += load(s->grads + i * s->wide + d) * load(s->outs + i * s->wide + d);
-        float mean = sum(given), log = known ? a->sums[(first + from + i) * a->heads + head] : 0.0f;
-        exponentials(weights, known, used, a->scale, log);
+        vec products = {0};
+        exponentials(weights, known, used, a->scale, known ? a->sums[(first + from + i) * a->heads + head] : 0.0f);
+        for (int j = 0; j < used; j += LANES) products += load(weights + j) * load(changes + j);
+        float mean = sum(products);
         for (int j = 0; j < used; j += LANES)
             store(changes + j, a->scale * load(weights + j) * (load(changes + j) - mean));
     }
@@ -177,7 +177,6 @@ INLINE void attend_rows_back(const Attention *a, Scratch *s, const float *values
     int used = rounded_up(from + rows, LANES), seen = rounded_up(from + rows, TALL);
     read_head(a->q, first + from, rows, a->heads, head, a, s, s->queries, ROWS, cos, sin, half);
     read_head(a->grad, first + from, rows, a->heads, head, a, s, s->grads, ROWS, NULL, NULL, half);
-    read_head(a->out, first + from, rows, a->heads, head, a, s, s->outs, ROWS, NULL, NULL, half);
     multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
     multiply(s->dweights, ROWS, used, s->most, s->grads, s->wide, 1, values_across, s->wide, 0);
     weights_back(a, s, first, from, rows, used, head);

@@ -44,16 +44,15 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the code reads these queries, keys, values and angles: on a CPU, all of one type that it
-    knows, with heads of one usual size (so none that is rotated in part).
+def takes(hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], size: int) -> bool:
+    """Whether the code can attend from these hidden states, with these cosines and sines, in heads of
+    this size: on a CPU, all of one type that it knows, and no head rotated in part.
     """
-    first, size = tensors[0], tensors[0].shape[-1]
     return (
-        first.device.type == "cpu"
-        and first.dtype in TYPES
-        and all(t.dtype == first.dtype and t.shape[-1] == size for t in tensors)
-        and all(type(t) is torch.Tensor for t in tensors)  # with memory
+        hidden.device.type == "cpu"
+        and hidden.dtype in TYPES
+        and all(t.dtype == hidden.dtype and t.shape[-1] == size for t in angles)
+        and all(type(t) is torch.Tensor for t in (hidden, *angles))  # with memory
         and size <= MOST_OF_A_HEAD
         and size % 2 == 0
         and not torch.is_autocast_enabled("cpu")
@@ -83,8 +82,8 @@ class PackedAttention(torch.autograd.Function):
         angles = () if cos is None else (cos.contiguous(), sin.contiguous())
         out = torch.empty_like(q)
         sums = torch.empty(q.shape[:2], dtype=torch.float32)
-        tensors = (q, k, v, out, sums, starts, *angles)
-        library().attention_forward(_call(tensors, scale))
+        tensors = (q, k, v, sums, starts, *angles)
+        library().attention_forward(_call(tensors, scale, out=out))
         ctx.save_for_backward(*tensors)
         ctx.scale = scale
         return out
@@ -100,9 +99,9 @@ class PackedAttention(torch.autograd.Function):
 
 
 def _call(tensors: tuple[torch.Tensor, ...], scale: float, **more: torch.Tensor) -> Attention:
-    q, k, v, out, sums, starts, *angles = tensors
+    q, k, v, sums, starts, *angles = tensors
     assert starts.dtype == torch.int32 and starts.is_contiguous()
-    named = {"q": q, "k": k, "v": v, "out": out, "sums": sums, "starts": starts, **more}
+    named = {"q": q, "k": k, "v": v, "sums": sums, "starts": starts, **more}
     named |= dict(zip(("cos", "sin"), angles, strict=False))
     return Attention(
         scale=scale, examples=len(starts) - 1, heads=q.shape[1], kv_heads=k.shape[1],

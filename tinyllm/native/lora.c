@@ -210,6 +210,7 @@ void lora_backward(const Lora *l) {
     Packed p = packed_for(l);
     p.from = p.into + (size_t)p.out * p.rank / 2;
     int blocks = (l->rows + BLOCK - 1) / BLOCK, threads = most_threads() < blocks ? most_threads() : blocks;
+    if (threads < 1) threads = 1; /* without rows the gradients are 0 */
     size_t words = words_of_block(&p);
     uint32_t *memory = words_of(threads * words);
 #pragma omp parallel num_threads(threads)

@@ -87,9 +87,9 @@ def exponentiate(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor,
         its exponentials are to be divided to be probabilities.
     """
     assert logits.is_contiguous() and ids.is_contiguous() and ids.dtype == torch.int64
-    assert logits.shape[:1] == ids.shape and (
-        not len(ids) or 0 <= ids.min() <= ids.max() < logits.shape[1]
-    )
+    assert logits.shape[:1] == ids.shape
+    if len(ids) and not 0 <= ids.min() <= ids.max() < logits.shape[1]:
+        raise IndexError(f"ids {ids.min()} to {ids.max()} among {logits.shape[1]} words")
     losses, totals = (torch.empty(len(ids), dtype=torch.float32) for _ in range(2))
     library().exponentiate(
         logits.data_ptr(), ids.data_ptr(), losses.data_ptr(), totals.data_ptr(), *logits.shape,
