@@ -203,26 +203,23 @@ INLINE void attend_back(const Attention *a, Scratch s, int example, int kv_head,
     write_head(a->dv, first, num, a->kv_heads, kv_head, a, &s, s.dvalues, NULL, NULL, half);
 }
 
-void attention_forward(const Attention *a) {
+INLINE void do_task(const Attention *a, Scratch s, int task, const int back, const int half) {
+    if (back) attend_back(a, s, task / a->kv_heads, task % a->kv_heads, half);
+    else attend(a, s, task / a->kv_heads, task % a->kv_heads, half);
+}
+
+INLINE void do_all(const Attention *a, const int back) {
 #pragma omp parallel
     {
         Scratch s = scratch_for(a);
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < a->examples * a->kv_heads; task++)
-            if (a->half) attend(a, s, task / a->kv_heads, task % a->kv_heads, 1);
-            else attend(a, s, task / a->kv_heads, task % a->kv_heads, 0);
+            if (a->half) do_task(a, s, task, back, 1);
+            else do_task(a, s, task, back, 0);
         free(s.memory);
     }
 }
 
-void attention_backward(const Attention *a) {
-#pragma omp parallel
-    {
-        Scratch s = scratch_for(a);
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < a->examples * a->kv_heads; task++)
-            if (a->half) attend_back(a, s, task / a->kv_heads, task % a->kv_heads, 1);
-            else attend_back(a, s, task / a->kv_heads, task % a->kv_heads, 0);
-        free(s.memory);
-    }
-}
+void attention_forward(const Attention *a) { do_all(a, 0); }
+
+void attention_backward(const Attention *a) { do_all(a, 1); }
