@@ -89,13 +89,13 @@ def as_markdown(answered: list[dict]) -> str:
     return "\n".join(["```", table(answered), "```", "", *head, *rows]) + "\n"
 
 
-def read_questions(path: Path, kinds: str | None) -> list[dict]:
+def read_questions(kinds: str | None) -> list[dict]:
     """The questions, all of them or those of some kinds.
 
     Raises:
         UserError: a kind that none of them is of.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
     if kinds is None:
         return questions
@@ -112,9 +112,6 @@ def main() -> int:
     parser.add_argument(
         "--transcript", help="write questions and replies to this file: .jsonl, or .md"
     )
-    parser.add_argument(
-        "--questions", default=QUESTIONS, type=Path, help="another file of the kind"
-    )
     parser.add_argument("--kinds", help="only these, separated by commas, as identity,greeting")
     args = parser.parse_args()
     from tinyllm.quiet import quiet_libraries
@@ -128,7 +125,7 @@ def main() -> int:
         from tinyllm.base import load_base
 
         model, tokenizer = load_base(args.base_model)
-    answered = ask(model, tokenizer, read_questions(args.questions, args.kinds))
+    answered = ask(model, tokenizer, read_questions(args.kinds))
     if args.transcript:
         write = as_markdown if args.transcript.endswith(".md") else as_lines
         Path(args.transcript).write_text(write(answered), encoding="utf-8")

@@ -71,14 +71,13 @@ class FusedAttention(nn.Module):
             and kwargs.get("past_key_values") is None
             and (window is None or kwargs["max_length_q"] <= window)
             and not (self.training and self.attention_dropout)
-            and (kwargs["max_length_q"] <= LONG or self._tasks(starts) >= torch.get_num_threads())
-            and attention.takes(hidden_states, kwargs["position_embeddings"], self.head_dim)
+            and (
+                kwargs["max_length_q"] <= LONG  # else each thread must find an example's head
+                or (len(starts) - 1) * config.num_key_value_heads >= torch.get_num_threads()
+            )
+            and _suits(hidden_states, *kwargs["position_embeddings"])
+            and attention.takes_heads(self.head_dim, kwargs["position_embeddings"])
         )
-
-    def _tasks(self, starts: torch.Tensor) -> int:
-        """How many threads find work: examples times heads of keys and values."""
-        heads = self.config.num_attention_heads // self.num_key_value_groups
-        return (len(starts) - 1) * heads
 
 
 def _suits(*tensors: torch.Tensor) -> bool:

@@ -120,12 +120,6 @@ INLINE vec exponentials(float *row, int known, int used, float scale, float log)
     return total;
 }
 
-INLINE float largest(const float *row, int known) {
-    float most = row[0];
-    for (int j = 1; j < known; j++) most = row[j] > most ? row[j] : most;
-    return most;
-}
-
 /* Queries from `from` on, of one head: their outputs and the logs of their sums. */
 INLINE void attend_rows(const Attention *a, Scratch *s, int64_t first, int from, int rows, int head,
                         const int half) {
@@ -134,7 +128,7 @@ INLINE void attend_rows(const Attention *a, Scratch *s, int64_t first, int from,
     read_head(a->q, first + from, rows, a->heads, head, a, s, s->queries, ROWS, cos, sin, half);
     multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
     for (int i = 0; i < rows; i++) {
-        float *row = s->weights + (int64_t)i * s->most, most = a->scale * largest(row, from + i + 1);
+        float *row = s->weights + (int64_t)i * s->most, most = a->scale * largest(row, 0, from + i + 1, 0);
         float total = sum(exponentials(row, from + i + 1, used, a->scale, most));
         for (int j = 0; j < used; j++) row[j] /= total;
         a->sums[(first + from + i) * a->heads + head] = most + logf(total);

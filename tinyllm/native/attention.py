@@ -15,7 +15,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
-from tinyllm.native.pointwise import TYPES
 
 SOURCE = Path(__file__).with_name("attention.c")
 HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("tiles", "numbers", "vectors")]
@@ -44,20 +43,9 @@ def library() -> ctypes.CDLL | None:
     return found
 
 
-def takes(hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], size: int) -> bool:
-    """Whether the code can attend from these hidden states, with these cosines and sines, in heads of
-    this size: on a CPU, all of one type that it knows, and no head rotated in part.
-    """
-    return (
-        hidden.device.type == "cpu"
-        and hidden.dtype in TYPES
-        and all(t.dtype == hidden.dtype and t.shape[-1] == size for t in angles)
-        and all(type(t) is torch.Tensor for t in (hidden, *angles))  # with memory
-        and size <= MOST_OF_A_HEAD
-        and size % 2 == 0
-        and not torch.is_autocast_enabled("cpu")
-        and library() is not None
-    )
+def takes_heads(size: int, angles: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether the code knows heads of this size, rotated by these cosines and sines: none in part."""
+    return size <= MOST_OF_A_HEAD and size % 2 == 0 and all(t.shape[-1] == size for t in angles)
 
 
 class PackedAttention(torch.autograd.Function):

@@ -137,19 +137,14 @@ static void narrow_rows(const Lora *l, const Packed *p, Block *b, int64_t row, i
     }
 }
 
-static void add_to_db(const Lora *l, const Packed *p, Block *b, int64_t row, int num, int col) {
-    for (int i = 0; i < num; i++) b->masks[i] = there(col, l->out);
-    for (int first = 0; first < p->rank; first += LANES)
+/* Add to `to` (rank, width) the narrow rows of a block, given as pairs, by STRIP columns of its rows of x (rows,
+ * cols), of which the block's masks say what counts. */
+static void add_product(const uint16_t *x, int cols, int num, int col, const Block *b, const uint32_t *narrow, int rank,
+                        float *to, int width) {
+    for (int first = 0; first < rank; first += LANES)
         for (int side = 0; side < STRIP; side += LANES)
-            tall_product(l->grad + row * l->out + col + side, l->out, num, b->masks, side, b->low_pairs + first, p->rank,
-                         b->db + (int64_t)first * p->out + col + side, p->out);
-}
-
-static void add_to_da(const Lora *l, const Packed *p, Block *b, int64_t row, int num, int col) {
-    for (int first = 0; first < p->rank; first += LANES)
-        for (int side = 0; side < STRIP; side += LANES)
-            tall_product(l->x + row * l->in + col + side, l->in, num, b->masks, side, b->dlow_pairs + first, p->rank,
-                         b->da + (int64_t)first * p->in + col + side, p->in);
+            tall_product(x + col + side, cols, num, b->masks, side, narrow + first, rank,
+                         to + (int64_t)first * width + col + side, width);
 }
 
 static void add_to_dx(const Lora *l, const Packed *p, const Block *b, int64_t row, int num, int col) {
@@ -170,10 +165,13 @@ static void block_back(const Lora *l, const Packed *p, Block *b, int64_t row) {
     for (int i = 0; i < num; i += TALL) narrow_rows(l, p, b, row + i, i);
     pair_rows(b->dlow, num, BLOCK, p->rank, b->dlow_pairs);
     pair_rows(l->low + row * p->rank, num, BLOCK, p->rank, b->low_pairs);
-    for (int col = 0; col < l->out; col += STRIP) add_to_db(l, p, b, row, num, col);
+    for (int col = 0; col < l->out; col += STRIP) {
+        for (int i = 0; i < num; i++) b->masks[i] = there(col, l->out);
+        add_product(l->grad + row * l->out, l->out, num, col, b, b->low_pairs, p->rank, b->db, p->out);
+    }
     for (int col = 0; col < l->in; col += STRIP) {
         for (int i = 0; i < num; i++) b->masks[i] = kept(l, row + i, col);
-        add_to_da(l, p, b, row, num, col);
+        add_product(l->x + row * l->in, l->in, num, col, b, b->dlow_pairs, p->rank, b->da, p->in);
         if (l->dx) add_to_dx(l, p, b, row, num, col);
     }
 }

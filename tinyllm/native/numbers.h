@@ -58,3 +58,19 @@ INLINE uint16_t narrowed(float value) {
     memcpy(&bits, &value, sizeof bits);
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+INLINE int64_t rounded_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+/* The largest of `size` numbers from `at` on; what is no number is passed over. */
+INLINE float largest(const void *x, int64_t at, int64_t size, const int half) {
+    vec most = (vec){0} - INFINITY, v;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) v = get(x, at + i, half), most = choose(v > most, v, most);
+    float found = most[0];
+    for (int j = 1; j < LANES; j++) found = most[j] > found ? most[j] : found;
+    for (; i < size; i++) {
+        float one = half ? widened(((const uint16_t *)x)[at + i]) : ((const float *)x)[at + i];
+        found = one > found ? one : found;
+    }
+    return found;
+}

@@ -15,8 +15,6 @@
 typedef __m512 floats;
 typedef __m512bh pairs;
 
-static inline int64_t rounded_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
-
 static inline uint32_t *words_of(size_t number) {
     uint32_t *found = aligned_alloc(64, rounded_up(4 * (number + 16), 64));
     if (!found) abort();

@@ -1,6 +1,6 @@
 /* What a training step does between its matrix products, in one pass over memory each: dropout, RMS norm and
- * the gate of the MLP, forwards and backwards, and the exponentials of the loss.  Numbers are float32 or bfloat16 (half set); arithmetic
- * is float32, rounded to bfloat16 where transformers' own layers round.
+ * the gate of the MLP, forwards and backwards, and the exponentials of the loss.  Numbers are float32 or
+ * bfloat16 (half set); arithmetic is float32, rounded to bfloat16 where transformers' own layers round.
  * Compiled by code.py; the Python side is pointwise.py.
  */
 #include "draws.h"
@@ -139,19 +139,6 @@ void gate_backward(const void *g, const void *gate, const void *up, void *d_gate
                    int32_t half) {
     if (half) gate_all_back(g, gate, up, d_gate, d_up, n, 1);
     else gate_all_back(g, gate, up, d_gate, d_up, n, 0);
-}
-
-INLINE float largest(const void *x, int64_t at, int64_t size, const int half) {
-    vec most = (vec){0} - INFINITY, v;
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) v = get(x, at + i, half), most = choose(v > most, v, most);
-    float found = most[0];
-    for (int j = 1; j < LANES; j++) found = most[j] > found ? most[j] : found;
-    for (; i < size; i++) {
-        float one = half ? widened(((const uint16_t *)x)[at + i]) : ((const float *)x)[at + i];
-        found = one > found ? one : found;
-    }
-    return found;
 }
 
 /* A row of logits becomes its exponentials up to a factor, and their sum is returned. */

@@ -5,8 +5,6 @@
 #define TALL 4 /* a tile of a product: rows, and vectors of a row; as many as registers hold */
 #define WIDE (LANES == 16 ? 4 : 2)
 
-static int rounded_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
-
 /* A tile of c (+)= a b, where a[row][k] lies at row * down + k * along. */
 INLINE void tile(float *c, int cols, const float *a, int down, int along, const float *b, int depth,
                  const int vectors, const int add) {
