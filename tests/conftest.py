@@ -111,7 +111,7 @@ def data_file(tmp_path_factory) -> Path:
 @pytest.fixture(params=["", "-mno-avx512f", "-mno-avx2 -mno-avx512f", "-mno-avx512bf16"])
 def processor(request, tmp_path_factory, monkeypatch):
     """The compiled steps of training for several kinds of processor."""
-    from tinyllm.native import attention, lora, pointwise
+    from tinyllm.native import attention, head, lora, pointwise
 
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
@@ -119,7 +119,7 @@ def processor(request, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.getbasetemp() / "compiled"  # each kind once
     monkeypatch.setenv("CC", f"{compiler} {request.param}".strip())
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    libraries = [part.library for part in (attention, lora, pointwise)]
+    libraries = [part.library for part in (attention, head, lora, pointwise)]
     for library in libraries:
         library.cache_clear()
     if pointwise.library() is None:

@@ -23,10 +23,12 @@ def other_families():
     return [make_model(), *map(AutoModelForCausalLM.from_config, configs)]
 
 
-@pytest.fixture(params=[True, False])
+@pytest.fixture(params=["head", "exponentials", "nothing"])
 def compiled(request, monkeypatch):
-    """With the compiled exponentials, where there is a compiler, and without."""
-    if not request.param:
+    """The whole loss compiled, where there is a compiler for it, only its exponentials, nothing."""
+    if request.param != "head":
+        monkeypatch.setattr(head_loss.compiled, "takes", lambda *tensors: False)
+    if request.param == "nothing":
         monkeypatch.setattr(head_loss.pointwise, "takes", lambda *tensors: False)
 
 
@@ -56,14 +58,16 @@ def test_filled_rows_count_for_nothing(compiled, size):
     torch.testing.assert_close(found, gradient, rtol=5e-2, atol=5e-2)
 
 
-def test_a_label_that_is_no_word_is_an_error():
-    hidden, weight = torch.randn(2, 8), torch.randn(5, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_label_that_is_no_word_is_an_error(dtype):
+    hidden, weight = torch.randn(2, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
     for ids in ([0, 5], [-1, 0]):
         with pytest.raises((IndexError, RuntimeError)):
             FrozenHeadLoss.apply(hidden, weight, torch.tensor(ids))
 
 
-def test_chunks_fit_the_rows_that_they_are_filled_up_to():
+def test_chunks_fit_the_rows_that_they_are_filled_up_to(monkeypatch):
+    monkeypatch.setattr(head_loss.compiled, "takes", lambda *tensors: False)
     for words in (1003, 49_152, 128_256, 1 << 24):
         half = torch.empty(words, 0, dtype=torch.bfloat16)
         rows = head_loss.chunk_rows(half)

@@ -108,8 +108,9 @@ def test_sliding_windows_dropout_and_caches_take_transformers_way(monkeypatch):
     if attention.library() is None:
         pytest.skip("no C compiler")
     calls = []
-    real = PackedAttention.apply
-    monkeypatch.setattr(PackedAttention, "apply", lambda *of: calls.append(1) or real(*of))
+    real = PackedAttention.forward
+    counted = staticmethod(lambda *of: calls.append(1) or real(*of))
+    monkeypatch.setattr(PackedAttention, "forward", counted)
     config = MistralConfig(
         vocab_size=480, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16,
         num_attention_heads=2, num_key_value_heads=1, sliding_window=8,

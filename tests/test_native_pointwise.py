@@ -15,10 +15,18 @@ from tinyllm.batches import model_inputs
 from tinyllm.decode.pages import Pages
 from tinyllm.dropout import Dropout, mask
 from tinyllm.fast_lora import use_fast_lora
-from tinyllm.fused_layers import FusedAttention, FusedMlp, FusedNorm, use_fused_layers
-from tinyllm.native import attention, lora, pointwise
+from tinyllm.fused_layers import (
+    FusedAttention,
+    FusedLayer,
+    FusedMlp,
+    FusedNorm,
+    join_projections,
+    use_fused_layers,
+)
+from tinyllm.native import attention, head, lora, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
+from tinyllm.one_node import DecoderLayer
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -138,19 +146,19 @@ def used(monkeypatch):
     calls = Counter()
 
     def spy(function):
-        real = function.apply
-        monkeypatch.setattr(
-            function, "apply", lambda *of: calls.update([function.__name__]) or real(*of)
-        )
+        real = function.forward
+        counted = staticmethod(lambda *of: calls.update([function.__name__]) or real(*of))
+        monkeypatch.setattr(function, "forward", counted)
 
-    for function in (RmsNorm, SiluGate, PackedAttention):
+    for function in (RmsNorm, SiluGate, PackedAttention, DecoderLayer):
         spy(function)
     return calls
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_whole_models_have_the_same_loss_and_gradients(name, dtype, used):
+def test_whole_models_have_the_same_loss_and_gradients(name, joins, dtype, used):
     if pointwise.library() is None:
         pytest.skip("no C compiler")
     models = []
@@ -159,13 +167,15 @@ def test_whole_models_have_the_same_loss_and_gradients(name, dtype, used):
         assert use_packed_attention(base)
         if fused:
             number = use_fused_layers(base)
-            kinds = FusedNorm | FusedMlp | FusedAttention
+            kinds = FusedNorm | FusedMlp | FusedAttention | FusedLayer
             assert number == sum(isinstance(m, kinds) for m in base.modules())
-            assert number >= 2 * 2 + 1 + 2 + 2
+            assert number >= 2 * 2 + 1 + 2 + 2 + 2
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         use_fast_lora(config)
         torch.manual_seed(1)
         models.append(get_peft_model(base, config).train())
+        if fused and joins:
+            join_projections(models[1])
     batch = packed_batch()
     losses = [loss_of(model, batch) for model in models]
     for loss in losses:
@@ -177,6 +187,7 @@ def test_whole_models_have_the_same_loss_and_gradients(name, dtype, used):
             torch.testing.assert_close(a.grad, b.grad, **close)
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
     assert used["SiluGate"] == used["PackedAttention"] == 2 and used["RmsNorm"] >= 5
+    assert used["DecoderLayer"] == 2 * joins
 
 
 def packed_batch():
@@ -206,7 +217,7 @@ def test_odd_sizes_and_autocast_take_the_ordinary_way(used):
 
 def make_fused():
     model = make_model().requires_grad_(False)
-    assert use_fused_layers(model) == 9 and use_fused_layers(model) == 0
+    assert use_fused_layers(model) == 11 and use_fused_layers(model) == 0
     return model
 
 
@@ -226,7 +237,7 @@ def test_without_a_compiler_or_a_home_nothing_breaks(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(code.Path, "home", no_home)
-    libraries = [part.library for part in (attention, lora, pointwise)]
+    libraries = [part.library for part in (attention, head, lora, pointwise)]
     for library in libraries:
         library.cache_clear()
     try:

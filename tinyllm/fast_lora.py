@@ -6,6 +6,9 @@ forward and backward are written out once (Hu et al. 2021, arXiv:2106.09685, sec
 
     y = x Wᵀ + s (x ∘ m) Aᵀ Bᵀ          W frozen (out, in), A (r, in), B (out, r), m the mask
 
+Layers that read the same input (queries, keys and values; gate and up) are one product, and have their
+own adapters and masks in it.
+
 The adapter stays peft's: same parameters, same names, same files; only ``forward`` differs, and any
 case beyond plain LoRA goes to peft's.
 
@@ -14,6 +17,8 @@ base is in bfloat16, else from ``lora_by_torch.py``.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,31 +29,52 @@ from torch.autograd.function import once_differentiable
 from tinyllm import lora_by_torch as by_torch
 from tinyllm.dropout import Dropout
 from tinyllm.native import lora as compiled
+from tinyllm.neighbours import below_each_other, beside_each_other, lay_below
 
 
-class LoraLinear(torch.autograd.Function):
-    """``y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ`` with a frozen ``W``."""
+class LoraLinears(torch.autograd.Function):
+    """``x W_iᵀ + b_i + scale_i · dropout_i(x) A_iᵀ B_iᵀ`` of some layers i, with frozen ``W_i``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, dropout, scale):
-        """``x`` (N, in) → (N, out); ``dropout`` a :class:`Dropout` or None."""
-        y = F.linear(x, weight, bias)
-        part = compiled if compiled.takes(x, lora_a, lora_b) else by_torch
-        low = part.add_forward(x, lora_a, lora_b, y, dropout, scale)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low)
-        ctx.part, ctx.dropout, ctx.scale = part, dropout, scale
-        return y
+    def forward(ctx, x, weight, bias, dropouts, scales, *adapters):
+        """``x`` (N, in) → (N, out_i) of each layer, beside each other in memory.
+
+        Args:
+            weight: the layers' W_i (out_i, in) below each other, as ``bias`` (or None).
+            dropouts: of each layer a :class:`Dropout` or None.
+            adapters: the A_i (r_i, in) of all layers, and then their B_i (out_i, r_i).
+        """
+        joint = F.linear(x, weight, bias)
+        layers = len(dropouts)
+        outputs = joint.split([len(b) for b in adapters[layers:]], 1)
+        ctx.parts, lows = [], []
+        for a, b, y, *how in zip(
+            adapters[:layers], adapters[layers:], outputs, dropouts, scales, strict=True
+        ):
+            part = compiled if compiled.takes(x, a, b) else by_torch
+            lows.append(part.add_forward(x, a, b, y, *how))
+            ctx.parts.append((part, *how))
+        ctx.save_for_backward(x, weight, *adapters, *lows)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, weight, lora_a, lora_b, low = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = ctx.part.add_backward(
-            x, lora_a, lora_b, low, grad, grad_x, ctx.dropout, ctx.scale
-        )
-        return grad_x, None, None, grad_a, grad_b, None, None
+    def backward(ctx, *grads):
+        x, weight, *rest = ctx.saved_tensors
+        joint = beside_each_other(grads)
+        if joint is None:
+            joint = torch.cat(grads, 1) if len(grads) > 1 else grads[0].contiguous()
+        grad_x = joint @ weight if ctx.needs_input_grad[0] else None
+        layers = len(grads)
+        grads_a, grads_b = [], []
+        for (part, *how), a, b, low, grad in zip(
+            ctx.parts, rest[:layers], rest[layers : 2 * layers], rest[2 * layers :],
+            joint.split([grad.shape[1] for grad in grads], 1), strict=True,
+        ):  # fmt: skip
+            grad_a, grad_b = part.add_backward(x, a, b, low, grad, grad_x, *how)
+            grads_a.append(grad_a)
+            grads_b.append(grad_b)
+        return grad_x, None, None, None, None, *grads_a, *grads_b
 
 
 class FastLoraLinear(PeftLinear):
@@ -57,15 +83,16 @@ class FastLoraLinear(PeftLinear):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs or not self._is_plain(x):
             return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        p = getattr(self.lora_dropout[name], "p", 0.0)
-        flat = x.reshape(-1, x.shape[-1])
-        y = LoraLinear.apply(
-            flat, self.base_layer.weight, self.base_layer.bias,
-            self.lora_A[name].weight, self.lora_B[name].weight,
-            Dropout(p) if p else None, self.scaling[name] / (1.0 - p),
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _outputs(x, Joined(self.base_layer.weight, self.base_layer.bias, (self,)))[0]
+
+    @property
+    def name(self) -> str:
+        """Of the adapter that is used."""
+        return self.active_adapters[0]
+
+    def can_be_joined(self, x: torch.Tensor) -> bool:
+        """Whether nothing but the forward above happens when the layer is called."""
+        return self._is_plain(x) and not (self._forward_hooks or self._forward_pre_hooks)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU.
@@ -78,12 +105,72 @@ class FastLoraLinear(PeftLinear):
             and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")  # chooses the dtype of each product itself
             and len(self.active_adapters) == 1
-            and self.active_adapters[0] in self.lora_A
+            and self.name in self.lora_A
             and not (self.disable_adapters or self.merged or self.lora_variant)
             and type(self.base_layer) is nn.Linear
-            and not any(p.requires_grad for p in self.base_layer.parameters())
-            and not self.lora_bias[self.active_adapters[0]]
+            and not self.base_layer.weight.requires_grad
+            and not (self.base_layer.bias is not None and self.base_layer.bias.requires_grad)
+            and not self.lora_bias[self.name]
         )
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Layers that read one input, as one product: ``W_i`` (out_i, in) below each other, as their biases."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    layers: tuple[FastLoraLinear, ...]
+
+    def how(self) -> tuple:
+        """Inputs of :class:`LoraLinears` between ``x`` and the adapters; dropout is drawn here."""
+        rates = [getattr(one.lora_dropout[one.name], "p", 0.0) for one in self.layers]
+        scales = [
+            one.scaling[one.name] / (1.0 - p) for one, p in zip(self.layers, rates, strict=True)
+        ]
+        return self.weight, self.bias, [Dropout(p) if p else None for p in rates], scales
+
+    def adapters(self) -> tuple[torch.nn.Parameter, ...]:
+        """The A_i of all layers, and then their B_i."""
+        down = [one.lora_A[one.name].weight for one in self.layers]
+        return *down, *(one.lora_B[one.name].weight for one in self.layers)
+
+
+def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
+    """Layers that are plain for ``x`` and whose weights :func:`lay_together` put below each other."""
+    if not all(type(layer) is FastLoraLinear and layer.can_be_joined(x) for layer in layers):
+        return None
+    bases = [layer.base_layer for layer in layers]
+    weight = below_each_other([base.weight for base in bases])
+    biases = [base.bias for base in bases if base.bias is not None]
+    if weight is None or len(biases) not in (0, len(bases)):
+        return None
+    return Joined(weight, torch.cat(biases) if biases else None, layers)
+
+
+def project(x: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """What some linear layers, with LoRA or without, make of one ``x`` (..., in): (..., out_i).
+
+    In one product where they can be :func:`joined`.
+    """
+    found = joined(x, *layers)
+    return _outputs(x, found) if found else tuple(layer(x) for layer in layers)
+
+
+def _outputs(x: torch.Tensor, found: Joined) -> tuple[torch.Tensor, ...]:
+    flat = x.reshape(-1, x.shape[-1])
+    outputs = LoraLinears.apply(flat, *found.how(), *found.adapters())
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in outputs)
+
+
+def lay_together(*layers: torch.nn.Module) -> None:
+    """Move the frozen weights of layers that read one input into one storage, below each other."""
+    if not all(type(layer) is FastLoraLinear for layer in layers):
+        return
+    weights = [layer.base_layer.weight for layer in layers]
+    alike = all(w.dtype == weights[0].dtype and w.ndim == 2 for w in weights)
+    if alike and not any(w.requires_grad for w in weights) and below_each_other(weights) is None:
+        lay_below(weights)
 
 
 def use_fast_lora(config) -> None:

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from tinyllm.attention import PACKED_SDPA
+from tinyllm.fast_lora import joined, lay_together, project
 from tinyllm.native import attention, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
+from tinyllm.one_node import DecoderLayer, LayerParts, Norm
 
 # Classes of transformers whose forward is literally the one of llama.
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
+LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention")
 LONG = 1024  # tokens of an example, from which on idle threads cost more than is gained
 ACTIVATIONS = ("SiLU", "SiLUActivation")
@@ -28,18 +31,23 @@ class FusedNorm(nn.Module):
     """Put before a norm's class: its ``forward`` where that applies."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.weight.requires_grad or not _suits(hidden_states, self.weight):
+        if not self.is_plain(hidden_states):
             return super().forward(hidden_states)
         return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+    def is_plain(self, hidden_states: torch.Tensor) -> bool:
+        return not self.weight.requires_grad and _suits(hidden_states, self.weight)
 
 
 class FusedMlp(nn.Module):
     """Put before an MLP's class: its ``forward`` where that applies."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        fused = _suits(gate, up) and pointwise.fills_vectors(gate)
-        return self.down_proj(SiluGate.apply(gate, up) if fused else self.act_fn(gate) * up)
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        if not (_suits(gate, up) and pointwise.fills_vectors(gate)):
+            return self.down_proj(self.act_fn(gate) * up)
+        product = SiluGate.apply(gate.flatten(0, -2), up.flatten(0, -2))
+        return self.down_proj(product.unflatten(0, x.shape[:-1]))
 
 
 class FusedAttention(nn.Module):
@@ -48,17 +56,15 @@ class FusedAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         if args or not self._is_plain(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
-        q, k, v = (
-            getattr(self, f"{name}_proj")(hidden_states)[0].unflatten(-1, (-1, self.head_dim))
-            for name in "qkv"
-        )
+        projected = project(hidden_states[0], self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projected)
         assert q.dtype == k.dtype == v.dtype == hidden_states.dtype
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
         starts = kwargs["cu_seq_lens_q"]
         attended = PackedAttention.apply(q, k, v, cos, sin, starts, self.scaling)
-        return self.o_proj(attended.flatten(1)[None]), None
+        return self.o_proj(attended.flatten(1))[None], None
 
     def _is_plain(self, hidden_states: torch.Tensor, kwargs: dict) -> bool:
         """Decided before anything is projected, for that must not be done twice."""
@@ -77,6 +83,47 @@ class FusedAttention(nn.Module):
             )
             and _suits(hidden_states, *kwargs["position_embeddings"])
             and attention.takes_heads(self.head_dim, kwargs["position_embeddings"])
+        )
+
+
+class FusedLayer(nn.Module):
+    """Put before a decoder layer's class: all of it as one node of autograd where LoRA is on every projection
+    and each step is compiled.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        parts = None if args else self._parts(hidden_states, kwargs)
+        if parts is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return DecoderLayer.apply(hidden_states[0], parts, *parts.adapters())[None]
+
+    def _parts(self, x: torch.Tensor, kwargs: dict) -> LayerParts | None:
+        attention, mlp = self.self_attn, self.mlp
+        norms = [self.input_layernorm, self.post_attention_layernorm]
+        if not (
+            isinstance(attention, FusedAttention)
+            and isinstance(mlp, FusedMlp)
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in (attention, mlp, *norms))
+            and attention._is_plain(x, kwargs)
+        ):
+            return None
+        head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        if not all(isinstance(m, FusedNorm) and m.is_plain(x) for m in (*norms, *head_norms)):
+            return None
+        linears = [
+            joined(x, attention.q_proj, attention.k_proj, attention.v_proj),
+            joined(x, attention.o_proj),
+            joined(x, mlp.gate_proj, mlp.up_proj),
+            joined(x, mlp.down_proj),
+        ]
+        if None in linears or not pointwise.fills_vectors(linears[3].weight):
+            return None
+        first, second, *heads = (Norm(m.weight, m.variance_epsilon) for m in (*norms, *head_norms))
+        cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
+        attend = (cos, sin, kwargs["cu_seq_lens_q"], attention.scaling)
+        qkv, out, gate_up, down = linears
+        return LayerParts(
+            first, qkv, attention.head_dim, tuple(heads), attend, out, second, gate_up, down
         )
 
 
@@ -101,16 +148,27 @@ def use_fused_layers(model: nn.Module) -> int:
     return number
 
 
+def join_projections(model: nn.Module) -> None:
+    """Make one product of the projections that read one input, for a model with frozen weights."""
+    for module in model.modules():
+        if isinstance(module, FusedAttention):
+            lay_together(module.q_proj, module.k_proj, module.v_proj)
+        elif isinstance(module, FusedMlp):
+            lay_together(module.gate_proj, module.up_proj)
+
+
 def _forward_for(module: nn.Module) -> type | None:
     """The faster forward for a layer; None for one that is another, or has it already."""
     name, origin = type(module).__name__, type(module).__module__
-    fused = isinstance(module, FusedNorm | FusedMlp | FusedAttention)
+    fused = isinstance(module, FusedNorm | FusedMlp | FusedAttention | FusedLayer)
     if not origin.startswith("transformers.models.") or fused:
         return None
     if name in MLPS and type(module.act_fn).__name__ in ACTIVATIONS:
         return FusedMlp
     if name in ATTENTIONS:
         return FusedAttention
+    if name in LAYERS:
+        return FusedLayer
     return FusedNorm if name in NORMS else None
 
 

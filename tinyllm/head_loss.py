@@ -4,7 +4,8 @@ The logits of a micro-batch are its largest tensor: 512 positions over 65,000 wo
 PyTorch's cross-entropy holds them three times over.  The head is frozen, so all that the backward
 pass needs is the gradient of the hidden states, which is computed here along with the loss, a few
 positions at a time, in one buffer that stays in the cache (the idea of Hsu et al. 2024, Liger Kernel,
-arXiv:2410.10989, section 3.2, for a head without a gradient of its own).
+arXiv:2410.10989, section 3.2, for a head without a gradient of its own).  Where the CPU multiplies
+bfloat16 in hardware, ``native/head.c`` does it without any logits in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tinyllm.native import head as compiled
 from tinyllm.native import pointwise
 
 # Their forward is hidden states → lm_head, nothing between and nothing behind (no soft-capping,
@@ -33,19 +35,13 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, ids):
         """``hidden`` (n, hidden_size), ``weight`` (V, hidden_size), ``ids`` (n,) → () float32."""
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = chunk_rows(weight)
-        for start in range(0, len(ids), size):
-            here = slice(start, start + size)
-            states = hidden[here]
-            logits = fill_up(states) @ weight.t()  # (size, V)
-            logits, part, total = exponentiate(logits, ids[here])
-            loss += part
-            if gradient is not None:  # softmax(logits) W - W[ids]
-                mean = (logits.to(weight.dtype) @ weight)[: len(states)].float().div_(total)
-                gradient[here] = mean.sub_(weight[ids[here]])
-        if gradient is not None:
+        needed = ctx.needs_input_grad[0]
+        if compiled.takes(hidden, weight):
+            losses, gradient = compiled.losses(hidden, weight, ids, needed)
+            loss = losses.sum()
+        else:
+            loss, gradient = by_torch(hidden, weight, ids, needed)
+        if needed:
             ctx.save_for_backward(gradient)
         return loss
 
@@ -53,6 +49,23 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
+
+
+def by_torch(hidden, weight, ids, with_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The loss () float32 and its gradient (n, hidden_size), or None, a few positions at a time."""
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    gradient = torch.empty_like(hidden) if with_gradient else None
+    size = chunk_rows(weight)
+    for start in range(0, len(ids), size):
+        here = slice(start, start + size)
+        states = hidden[here]
+        logits = fill_up(states) @ weight.t()  # (size, V)
+        logits, part, total = exponentiate(logits, ids[here])
+        loss += part
+        if gradient is not None:  # softmax(logits) W - W[ids]
+            mean = (logits.to(weight.dtype) @ weight)[: len(states)].float().div_(total)
+            gradient[here] = mean.sub_(weight[ids[here]])
+    return loss, gradient
 
 
 def chunk_rows(weight: torch.Tensor) -> int:
@@ -63,6 +76,8 @@ def chunk_rows(weight: torch.Tensor) -> int:
 
 def chunk_bytes(weight: torch.Tensor, num_positions: int) -> int:
     """Most memory that the logits of so many positions take at a time under the head ``weight``."""
+    if compiled.takes(weight):
+        return compiled.scratch_bytes(weight)
     rows = min(chunk_rows(weight), num_positions)
     if is_filled_up(weight):
         rows += -rows % FILLED

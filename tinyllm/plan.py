@@ -215,11 +215,11 @@ def expected_memory(trainer, data: Data, saved: float, trainable: int, resting: 
 
 
 def _tied_bytes(model) -> int:
-    """Bytes counted twice because two parameters share their storage (none, once deduplicated)."""
+    """Bytes counted twice because two parameters are one place in memory (none, once deduplicated)."""
     seen: set[int] = set()
     twice = 0
     for parameter in model.parameters():
-        pointer = parameter.untyped_storage().data_ptr()
+        pointer = parameter.data_ptr()
         if pointer and pointer in seen:
             twice += parameter.numel() * parameter.element_size()
         seen.add(pointer)

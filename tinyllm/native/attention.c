@@ -1,8 +1,8 @@
 /* Causal attention within packed examples, forwards and backwards, with the rotary embedding of queries and
- * keys.  Arrays are float32 or bfloat16 (half set) as the projections leave them, (positions, heads, size); in
- * between everything is float32.  One task is one example and one key-value head with its queries' heads, so
- * that no two threads add to one number.  Keys and values of an example are laid out once, queries go
- * ROWS at a time; the weights are never stored, but computed again from the sums of their exponentials (Dao et al.
+ * keys.  Arrays are float32 or bfloat16 (half set) as the projections leave them, (positions, heads, size); those
+ * of queries, keys and values may be parts of wider rows.  In between everything is float32.  One task is one
+ * example and one key-value head with its queries' heads, so that no two threads add to one number.  Keys and
+ * values of an example are laid out once, queries go ROWS at a time; the weights are never stored, but computed again from the sums of their exponentials (Dao et al.
  * 2022, arXiv:2205.14135, section 3.1).
  * Compiled by code.py; the Python side is attention.py.
  */
@@ -20,6 +20,7 @@ typedef struct {
     const int32_t *starts; /* of each example, and the end */
     float scale;
     int32_t examples, heads, kv_heads, size, half;
+    int32_t q_row, kv_row; /* numbers from one row of q or dq, of k, v, dk or dv to the next */
 } Attention;
 
 /* What one thread works in; rows of `wide` (size filled up with zeros) or `most` (positions) numbers. */
@@ -73,22 +74,22 @@ INLINE void rotate(float *row, const float *cos, const float *sin, int size, con
 }
 
 /* A head of `num` positions, the rows after them 0. */
-INLINE void read_head(const void *x, int64_t first, int num, int heads, int head, const Attention *a,
+INLINE void read_head(const void *x, int64_t first, int num, int64_t row_size, int head, const Attention *a,
                       const Scratch *s, float *to, int rows, const float *cos, const float *sin, const int half) {
     for (int i = 0; i < num; i++) {
         float *row = to + (int64_t)i * s->wide;
-        read_row(x, ((first + i) * heads + head) * a->size, row, a->size, s->wide, half);
+        read_row(x, (first + i) * row_size + head * a->size, row, a->size, s->wide, half);
         if (cos) rotate(row, cos + (int64_t)i * s->wide, sin + (int64_t)i * s->wide, a->size, 0);
     }
     memset(to + (int64_t)num * s->wide, 0, 4 * (size_t)(rows - num) * s->wide);
 }
 
-INLINE void write_head(void *x, int64_t first, int num, int heads, int head, const Attention *a, const Scratch *s,
-                       float *from, const float *cos, const float *sin, const int half) {
+INLINE void write_head(void *x, int64_t first, int num, int64_t row_size, int head, const Attention *a,
+                       const Scratch *s, float *from, const float *cos, const float *sin, const int half) {
     for (int i = 0; i < num; i++) {
         float *row = from + (int64_t)i * s->wide;
         if (cos) rotate(row, cos + (int64_t)i * s->wide, sin + (int64_t)i * s->wide, a->size, 1);
-        write_row(x, ((first + i) * heads + head) * a->size, row, a->size, half);
+        write_row(x, (first + i) * row_size + head * a->size, row, a->size, half);
     }
 }
 
@@ -125,7 +126,7 @@ INLINE void attend_rows(const Attention *a, Scratch *s, int64_t first, int from,
                         const int half) {
     const float *cos = angle(s->cos, s, from), *sin = angle(s->sin, s, from);
     int used = rounded_up(from + rows, LANES);
-    read_head(a->q, first + from, rows, a->heads, head, a, s, s->queries, ROWS, cos, sin, half);
+    read_head(a->q, first + from, rows, a->q_row, head, a, s, s->queries, ROWS, cos, sin, half);
     multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
     for (int i = 0; i < rows; i++) {
         float *row = s->weights + (int64_t)i * s->most, most = a->scale * largest(row, 0, from + i + 1, 0);
@@ -134,15 +135,15 @@ INLINE void attend_rows(const Attention *a, Scratch *s, int64_t first, int from,
         a->sums[(first + from + i) * a->heads + head] = most + logf(total);
     }
     multiply(s->outs, ROWS, s->wide, s->wide, s->weights, s->most, 1, s->values, from + rows, 0);
-    write_head(a->out, first + from, rows, a->heads, head, a, s, s->outs, NULL, NULL, half);
+    write_head(a->out, first + from, rows, a->heads * a->size, head, a, s, s->outs, NULL, NULL, half);
 }
 
 INLINE void attend(const Attention *a, Scratch s, int example, int kv_head, const int half) {
     int64_t first = a->starts[example];
     int num = a->starts[example + 1] - first, group = a->heads / a->kv_heads;
     read_angles(a, first, num, &s, half);
-    read_head(a->k, first, num, a->kv_heads, kv_head, a, &s, s.keys, rounded_up(num, ROWS), s.cos, s.sin, half);
-    read_head(a->v, first, num, a->kv_heads, kv_head, a, &s, s.values, num, NULL, NULL, half);
+    read_head(a->k, first, num, a->kv_row, kv_head, a, &s, s.keys, rounded_up(num, ROWS), s.cos, s.sin, half);
+    read_head(a->v, first, num, a->kv_row, kv_head, a, &s, s.values, num, NULL, NULL, half);
     turn(s.keys, s.keys_across, rounded_up(num, ROWS), s.wide, s.most);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
         for (int from = 0; from < num; from += ROWS)
@@ -169,15 +170,15 @@ INLINE void attend_rows_back(const Attention *a, Scratch *s, const float *values
                              int rows, int head, const int half) {
     const float *cos = angle(s->cos, s, from), *sin = angle(s->sin, s, from);
     int used = rounded_up(from + rows, LANES), seen = rounded_up(from + rows, TALL);
-    read_head(a->q, first + from, rows, a->heads, head, a, s, s->queries, ROWS, cos, sin, half);
-    read_head(a->grad, first + from, rows, a->heads, head, a, s, s->grads, ROWS, NULL, NULL, half);
+    read_head(a->q, first + from, rows, a->q_row, head, a, s, s->queries, ROWS, cos, sin, half);
+    read_head(a->grad, first + from, rows, a->heads * a->size, head, a, s, s->grads, ROWS, NULL, NULL, half);
     multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
     multiply(s->dweights, ROWS, used, s->most, s->grads, s->wide, 1, values_across, s->wide, 0);
     weights_back(a, s, first, from, rows, used, head);
     multiply(s->dvalues, seen, s->wide, s->wide, s->weights, 1, s->most, s->grads, ROWS, 1);
     multiply(s->dkeys, seen, s->wide, s->wide, s->dweights, 1, s->most, s->queries, ROWS, 1);
     multiply(s->outs, ROWS, s->wide, s->wide, s->dweights, s->most, 1, s->keys, from + rows, 0);
-    write_head(a->dq, first + from, rows, a->heads, head, a, s, s->outs, cos, sin, half);
+    write_head(a->dq, first + from, rows, a->q_row, head, a, s, s->outs, cos, sin, half);
 }
 
 INLINE void attend_back(const Attention *a, Scratch s, int example, int kv_head, const int half) {
@@ -185,16 +186,16 @@ INLINE void attend_back(const Attention *a, Scratch s, int example, int kv_head,
     int num = a->starts[example + 1] - first, group = a->heads / a->kv_heads, filled = rounded_up(num, ROWS);
     size_t square = 4 * (size_t)filled * s.wide;
     read_angles(a, first, num, &s, half);
-    read_head(a->v, first, num, a->kv_heads, kv_head, a, &s, s.keys, filled, NULL, NULL, half);
+    read_head(a->v, first, num, a->kv_row, kv_head, a, &s, s.keys, filled, NULL, NULL, half);
     turn(s.keys, s.values, filled, s.wide, s.most); /* the values are needed across alone */
-    read_head(a->k, first, num, a->kv_heads, kv_head, a, &s, s.keys, filled, s.cos, s.sin, half);
+    read_head(a->k, first, num, a->kv_row, kv_head, a, &s, s.keys, filled, s.cos, s.sin, half);
     turn(s.keys, s.keys_across, filled, s.wide, s.most);
     memset(s.dkeys, 0, square), memset(s.dvalues, 0, square);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
         for (int from = 0; from < num; from += ROWS)
             attend_rows_back(a, &s, s.values, first, from, num - from < ROWS ? num - from : ROWS, head, half);
-    write_head(a->dk, first, num, a->kv_heads, kv_head, a, &s, s.dkeys, s.cos, s.sin, half);
-    write_head(a->dv, first, num, a->kv_heads, kv_head, a, &s, s.dvalues, NULL, NULL, half);
+    write_head(a->dk, first, num, a->kv_row, kv_head, a, &s, s.dkeys, s.cos, s.sin, half);
+    write_head(a->dv, first, num, a->kv_row, kv_head, a, &s, s.dvalues, NULL, NULL, half);
 }
 
 INLINE void do_task(const Attention *a, Scratch s, int task, const int back, const int half) {

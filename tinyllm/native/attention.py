@@ -15,9 +15,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
+from tinyllm.neighbours import beside_each_other, parts_beside
 
 SOURCE = Path(__file__).with_name("attention.c")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("tiles", "numbers", "vectors")]
+HEADERS = code.headers_of(SOURCE, "tiles", "numbers", "vectors")
 MOST_OF_A_HEAD = 256
 
 
@@ -28,19 +29,18 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in
           ("q", "k", "v", "cos", "sin", "out", "sums", "grad", "dq", "dk", "dv", "starts")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("examples", "heads", "kv_heads", "size", "half")),
+        *((name, ctypes.c_int32) for name in
+          ("examples", "heads", "kv_heads", "size", "half", "q_row", "kv_row")),
     ]  # fmt: skip
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had."""
-    found = code.load(SOURCE, *HEADERS)
-    if found is None:
-        return None
-    for function in (found.attention_forward, found.attention_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(Attention)], None
-    return found
+    call = [ctypes.POINTER(Attention)]
+    return code.functions_of(
+        SOURCE, HEADERS, {"attention_forward": call, "attention_backward": call}
+    )
 
 
 def takes_heads(size: int, angles: tuple[torch.Tensor, torch.Tensor]) -> bool:
@@ -59,16 +59,19 @@ class PackedAttention(torch.autograd.Function):
 
         Args:
             q: ``(N, num_heads, head_dim)``.
-            k: ``(N, num_key_value_heads, head_dim)``, as ``v``.
+            k: ``(N, num_key_value_heads, head_dim)``, as ``v``.  Where the three lie beside each other in
+                memory, so do their gradients.
             cos: ``(N, head_dim)`` of q's type, as ``sin``; both None for no rotation.
             starts: ``(num_examples + 1,)`` int32 on the CPU, where each example starts, and ``N``.
 
         Returns:
             ``(N, num_heads, head_dim)``.
         """
-        q, k, v = (t.contiguous() for t in (q, k, v))
+        ctx.beside = beside_each_other((q, k, v)) is not None
+        if not ctx.beside:
+            q, k, v = (t.contiguous() for t in (q, k, v))
         angles = () if cos is None else (cos.contiguous(), sin.contiguous())
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype)
         sums = torch.empty(q.shape[:2], dtype=torch.float32)
         tensors = (q, k, v, sums, starts, *angles)
         library().attention_forward(_call(tensors, scale, out=out))
@@ -80,7 +83,9 @@ class PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         tensors = ctx.saved_tensors  # a checkpointed layer allows to ask once
-        grads, grad = [torch.empty_like(t) for t in tensors[:3]], grad.contiguous()
+        parts, grad = tensors[:3], grad.contiguous()
+        shapes = [t.shape for t in parts]
+        grads = parts_beside(shapes, grad) if ctx.beside else [torch.empty_like(t) for t in parts]
         named = dict(zip(("dq", "dk", "dv"), grads, strict=True), grad=grad)
         library().attention_backward(_call(tensors, ctx.scale, **named))
         return *grads, None, None, None, None
@@ -93,6 +98,6 @@ def _call(tensors: tuple[torch.Tensor, ...], scale: float, **more: torch.Tensor)
     named |= dict(zip(("cos", "sin"), angles, strict=False))
     return Attention(
         scale=scale, examples=len(starts) - 1, heads=q.shape[1], kv_heads=k.shape[1],
-        size=q.shape[2], half=int(q.dtype == torch.bfloat16),
+        size=q.shape[2], half=int(q.dtype == torch.bfloat16), q_row=q.stride(0), kv_row=k.stride(0),
         **{name: tensor.data_ptr() for name, tensor in named.items()},
     )  # fmt: skip

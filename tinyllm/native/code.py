@@ -12,12 +12,36 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 # Sums may be reordered (that is what vector registers do), nothing else of -ffast-math.
 FLAGS = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
          "-fno-math-errno", "-shared", "-fPIC", "-std=gnu11", "-Wno-psabi"]  # fmt: skip
 SECONDS_TO_COMPILE = 60
+
+
+def headers_of(source: Path, *names: str) -> list[Path]:
+    """The headers of a C file, all that it includes, in its folder."""
+    return [source.with_name(f"{name}.h") for name in names]
+
+
+def functions_of(
+    source: Path, headers: Iterable[Path], arguments: dict[str, list]
+) -> ctypes.CDLL | None:
+    """The library of a C file with these functions, none of which returns anything.
+
+    Returns:
+        None where it cannot be had, or where the file has nothing for this processor, which it says by a
+        function ``multiplies_pairs``.
+    """
+    found = load(source, *headers)
+    if found is None or (hasattr(found, "multiplies_pairs") and not found.multiplies_pairs()):
+        return None
+    for name, types in arguments.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = types, None
+    return found
 
 
 def load(source: Path, *headers: Path) -> ctypes.CDLL | None:

@@ -11,9 +11,7 @@
  */
 #include "draws.h"
 #include "pairs.h"
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "threads.h"
 
 typedef struct {
     const uint16_t *x, *grad; /* (rows, in) and, backwards, (rows, out); in a multiple of 4, out of 2 */
@@ -21,7 +19,7 @@ typedef struct {
     uint16_t *low;            /* (rows, rank rounded up to LANES) */
     uint16_t *y, *dx;         /* (rows, out) and (rows, in), or no dx; both are added to */
     float *da, *db;           /* as a and b */
-    int64_t rows;
+    int64_t rows, row_size; /* of y and grad, which may be parts of wider rows */
     int32_t in, out, rank;
     float scale;
     uint64_t seed;
@@ -65,7 +63,7 @@ static void add_to_y(const Lora *l, const Packed *p, int64_t row, int num, const
         wide_product(low, p->rank, p->from, p->out, col, wide);
         for (int i = 0; i < num; i++)
             for (int side = 0; side < 2; side++) {
-                uint16_t *to = l->y + (row + i) * l->out + col + side * LANES;
+                uint16_t *to = l->y + (row + i) * l->row_size + col + side * LANES;
                 __mmask16 mask = there(col, l->out) >> side * LANES;
                 store_halves(to, _mm512_fmadd_ps(scale, wide[i][side], load_halves(to, mask)), mask);
             }
@@ -125,13 +123,15 @@ static Block block_in(uint32_t *memory, const Packed *p) {
 static void narrow_rows(const Lora *l, const Packed *p, Block *b, int64_t row, int in_block) {
     int num = l->rows - row < TALL ? l->rows - row : TALL;
     floats sums[TALL], scale = _mm512_set1_ps(l->scale);
-    const uint16_t *grad = l->grad + row * l->out;
+    const uint16_t *grad = l->grad + row * l->row_size;
+    int64_t stride = l->row_size;
     if (num < TALL) {
         memset(b->grad, 0, 2 * (size_t)TALL * l->out);
-        grad = memcpy(b->grad, grad, 2 * (size_t)num * l->out);
+        for (int i = 0; i < num; i++) memcpy(b->grad + i * l->out, grad + i * stride, 2 * (size_t)l->out);
+        grad = b->grad, stride = l->out;
     }
     for (int col = 0; col < p->rank; col += LANES) {
-        narrow_product(grad, l->out, l->out, p->into, p->rank, col, sums);
+        narrow_product(grad, stride, l->out, p->into, p->rank, col, sums);
         for (int i = 0; i < TALL; i++)
             store_halves(b->dlow + (int64_t)(in_block + i) * p->rank + col, _mm512_mul_ps(scale, sums[i]), 0xffff);
     }
@@ -139,8 +139,8 @@ static void narrow_rows(const Lora *l, const Packed *p, Block *b, int64_t row, i
 
 /* Add to `to` (rank, width) the narrow rows of a block, given as pairs, by STRIP columns of its rows of x (rows,
  * cols), of which the block's masks say what counts. */
-static void add_product(const uint16_t *x, int cols, int num, int col, const Block *b, const uint32_t *narrow, int rank,
-                        float *to, int width) {
+static void add_product(const uint16_t *x, int64_t cols, int num, int col, const Block *b, const uint32_t *narrow,
+                        int rank, float *to, int width) {
     for (int first = 0; first < rank; first += LANES)
         for (int side = 0; side < STRIP; side += LANES)
             tall_product(x + col + side, cols, num, b->masks, side, narrow + first, rank,
@@ -167,7 +167,7 @@ static void block_back(const Lora *l, const Packed *p, Block *b, int64_t row) {
     pair_rows(l->low + row * p->rank, num, BLOCK, p->rank, b->low_pairs);
     for (int col = 0; col < l->out; col += STRIP) {
         for (int i = 0; i < num; i++) b->masks[i] = there(col, l->out);
-        add_product(l->grad + row * l->out, l->out, num, col, b, b->low_pairs, p->rank, b->db, p->out);
+        add_product(l->grad + row * l->row_size, l->row_size, num, col, b, b->low_pairs, p->rank, b->db, p->out);
     }
     for (int col = 0; col < l->in; col += STRIP) {
         for (int i = 0; i < num; i++) b->masks[i] = kept(l, row + i, col);
@@ -193,16 +193,6 @@ static void add_up(const Lora *l, const Packed *p, const Block *first, int threa
         for (int r = 0; r < l->rank; r++)
             l->db[(size_t)o * l->rank + r] = l->scale * total(first->db, threads, words, (size_t)r * p->out + o);
 }
-
-#ifdef _OPENMP
-static int most_threads(void) { return omp_get_max_threads(); }
-static int threads_here(void) { return omp_get_num_threads(); }
-static int this_thread(void) { return omp_get_thread_num(); }
-#else
-static int most_threads(void) { return 1; }
-static int threads_here(void) { return 1; }
-static int this_thread(void) { return 0; }
-#endif
 
 void lora_backward(const Lora *l) {
     Packed p = packed_for(l);

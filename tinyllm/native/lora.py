@@ -14,7 +14,7 @@ import torch
 from tinyllm.native import code
 
 SOURCE = Path(__file__).with_name("lora.c")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("draws", "pairs", "numbers", "vectors")]
+HEADERS = code.headers_of(SOURCE, "draws", "pairs", "threads", "numbers", "vectors")
 LANES = 16  # the low rows are filled up to a multiple of it
 DECIDED, PAIR = 4, 2  # numbers that one random number decides, and that are multiplied together
 
@@ -26,6 +26,7 @@ class Lora(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in
           ("x", "grad", "a", "b", "low", "y", "dx", "da", "db")),
         ("rows", ctypes.c_int64),
+        ("row_size", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("in_", "out", "rank")),
         ("scale", ctypes.c_float),
         ("seed", ctypes.c_uint64),
@@ -36,12 +37,8 @@ class Lora(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had, or would do nothing."""
-    found = code.load(SOURCE, *HEADERS)
-    if found is None or not found.multiplies_pairs():
-        return None
-    for function in (found.lora_forward, found.lora_backward):
-        function.argtypes, function.restype = [ctypes.POINTER(Lora)], None
-    return found
+    call = [ctypes.POINTER(Lora)]
+    return code.functions_of(SOURCE, HEADERS, {"lora_forward": call, "lora_backward": call})
 
 
 def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
@@ -67,7 +64,7 @@ def add_forward(x, lora_a, lora_b, y, dropout, scale: float) -> torch.Tensor:
         x: ``(N, in)`` bfloat16.
         lora_a: ``(r, in)`` float32.
         lora_b: ``(out, r)`` float32.
-        y: ``(N, out)`` bfloat16.
+        y: ``(N, out)`` bfloat16, may be columns of a wider tensor.
         dropout: a :class:`tinyllm.dropout.Dropout` or None.
 
     Returns:
@@ -75,7 +72,7 @@ def add_forward(x, lora_a, lora_b, y, dropout, scale: float) -> torch.Tensor:
     """
     rank = -(-len(lora_a) // LANES) * LANES
     low = torch.empty(len(x), rank, dtype=x.dtype)
-    library().lora_forward(_call(scale, dropout, x=x, a=lora_a, b=lora_b, low=low, y=y))
+    library().lora_forward(_call(scale, dropout, y, x=x, a=lora_a, b=lora_b, low=low, y=y))
     return low
 
 
@@ -84,22 +81,25 @@ def add_backward(x, lora_a, lora_b, low, grad, dx, dropout, scale: float):
 
     Args:
         low: what :func:`add_forward` gave.
-        grad: ``(N, out)`` bfloat16, contiguous.
+        grad: ``(N, out)`` bfloat16, may be columns of a wider tensor.
 
     Returns:
         ``(dA, dB)`` float32.
     """
     da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
     tensors = {"x": x, "a": lora_a, "b": lora_b, "low": low, "grad": grad, "da": da, "db": db}
-    library().lora_backward(_call(scale, dropout, **tensors, **({} if dx is None else {"dx": dx})))
+    more = {} if dx is None else {"dx": dx}
+    library().lora_backward(_call(scale, dropout, grad, **tensors, **more))
     return da, db
 
 
-def _call(scale: float, dropout, **tensors: torch.Tensor) -> Lora:
-    assert all(tensor.is_contiguous() for tensor in tensors.values())
+def _call(scale: float, dropout, wide: torch.Tensor, **tensors: torch.Tensor) -> Lora:
+    """``wide`` is the one of the tensors that may be columns of a wider one."""
+    assert all(tensor.is_contiguous() or tensor is wide for tensor in tensors.values())
+    assert wide.stride(1) == 1
     x, a, b = tensors["x"], tensors["a"], tensors["b"]
     return Lora(
-        rows=len(x), in_=a.shape[1], out=b.shape[0], rank=a.shape[0], scale=scale,
+        rows=len(x), row_size=wide.stride(0), in_=a.shape[1], out=b.shape[0], rank=a.shape[0], scale=scale,
         seed=dropout.seed if dropout else 0, threshold=dropout.threshold if dropout else 0,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )  # fmt: skip

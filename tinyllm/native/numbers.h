@@ -33,12 +33,23 @@ INLINE void put(void *at, int64_t i, vec v, const int half) {
 
 /* Fewer than LANES numbers, the rest 0. */
 INLINE vec get_some(const void *at, int64_t i, int num, const int half) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __mmask16 mask = (1u << num) - 1;
+    if (half) return widen((shorts)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)at + i));
+    return (vec)_mm512_maskz_loadu_ps(mask, (const float *)at + i);
+#endif
     char lanes[4 * LANES] = {0};
     memcpy(lanes, (const char *)at + i * (half ? 2 : 4), num * (half ? 2 : 4));
     return get(lanes, 0, half);
 }
 
 INLINE void put_some(void *at, int64_t i, int num, vec v, const int half) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    __mmask16 mask = (1u << num) - 1;
+    if (half) _mm256_mask_storeu_epi16((uint16_t *)at + i, mask, (__m256i)narrow(v));
+    else _mm512_mask_storeu_ps((float *)at + i, mask, (__m512)v);
+    return;
+#endif
     char lanes[4 * LANES];
     put(lanes, 0, v, half);
     memcpy((char *)at + i * (half ? 2 : 4), lanes, num * (half ? 2 : 4));

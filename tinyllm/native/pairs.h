@@ -46,7 +46,7 @@ INLINE uint32_t pair_at(const uint16_t *x, int64_t pair) {
 
 /* x[r][col], which lies at r * down + col * along, as pairs of columns: (cols / 2, height); zeros from r = rank on.
  * For all threads of a team; the next function waits for both. */
-static void pack_into(const float *x, int down, int along, int rank, int height, int cols, uint32_t *to) {
+static inline void pack_into(const float *x, int down, int along, int rank, int height, int cols, uint32_t *to) {
 #pragma omp for nowait
     for (int col = 0; col < cols; col += 2)
         for (int r = 0; r < height; r++) {
@@ -56,7 +56,7 @@ static void pack_into(const float *x, int down, int along, int rank, int height,
 }
 
 /* The same as pairs of r: (height / 2, width); zeros from col = cols on. */
-static void pack_from(const float *x, int down, int along, int rank, int height, int cols, int width, uint32_t *to) {
+static inline void pack_from(const float *x, int down, int along, int rank, int height, int cols, int width, uint32_t *to) {
 #pragma omp for
     for (int r = 0; r < height; r += 2)
         for (int col = 0; col < width; col++) {
@@ -94,7 +94,7 @@ INLINE void wide_product(const uint16_t *narrow, int rank, const uint32_t *matri
 }
 
 /* Rows of `rank` numbers as pairs of rows, (all / 2, rank), zeros from row `num` on. */
-static void pair_rows(const uint16_t *x, int num, int all, int rank, uint32_t *to) {
+static inline void pair_rows(const uint16_t *x, int num, int all, int rank, uint32_t *to) {
     for (int i = 0; i < all; i += 2)
         for (int r = 0; r < rank; r++)
             to[i / 2 * rank + r] = (i < num ? x[i * rank + r] : 0) |

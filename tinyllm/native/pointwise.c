@@ -110,35 +110,41 @@ void norm_backward(const void *g, const void *x, const void *w, const float *fac
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(0.0f - x)); }
 
-INLINE void gate_all(const void *gate, const void *up, void *y, int64_t n, const int half) {
-#pragma omp parallel for schedule(static) if (n > SHARE)
-    for (int64_t i = 0; i < n; i += LANES) {
-        vec x = get(gate, i, half);
-        put(y, i, rounded(x * sigmoid(x), half) * get(up, i, half), half);
-    }
+/* Rows of y have `size` numbers, a multiple of `lanes`; those of gate and up may be parts of rows of `row_size`. */
+INLINE void gate_all(const void *gate, const void *up, void *y, int64_t rows, int size, int64_t row_size,
+                     const int half) {
+#pragma omp parallel for schedule(static) if (rows * size > SHARE)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < size; i += LANES) {
+            vec x = get(gate, row * row_size + i, half);
+            put(y, row * size + i, rounded(x * sigmoid(x), half) * get(up, row * row_size + i, half), half);
+        }
 }
 
-/* y = silu(gate) up; n is a multiple of `lanes`. */
-void gate_forward(const void *gate, const void *up, void *y, int64_t n, int32_t half) {
-    if (half) gate_all(gate, up, y, n, 1);
-    else gate_all(gate, up, y, n, 0);
+/* y = silu(gate) up. */
+void gate_forward(const void *gate, const void *up, void *y, int64_t rows, int32_t size, int64_t row_size,
+                  int32_t half) {
+    if (half) gate_all(gate, up, y, rows, size, row_size, 1);
+    else gate_all(gate, up, y, rows, size, row_size, 0);
 }
 
-INLINE void gate_all_back(const void *g, const void *gate, const void *up, void *d_gate, void *d_up, int64_t n,
-                          const int half) {
-#pragma omp parallel for schedule(static) if (n > SHARE)
-    for (int64_t i = 0; i < n; i += LANES) {
-        vec x = get(gate, i, half), given = get(g, i, half), share = sigmoid(x);
-        vec inside = rounded(given * get(up, i, half), half);
-        put(d_up, i, given * rounded(x * share, half), half);
-        put(d_gate, i, inside * share * (1.0f + x * (1.0f - share)), half);
-    }
+INLINE void gate_all_back(const void *g, const void *gate, const void *up, void *d_gate, void *d_up, int64_t rows,
+                          int size, int64_t row_size, const int half) {
+#pragma omp parallel for schedule(static) if (rows * size > SHARE)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * row_size, j = row * size; j < (row + 1) * size; i += LANES, j += LANES) {
+            vec x = get(gate, i, half), given = get(g, j, half), share = sigmoid(x);
+            vec inside = rounded(given * get(up, i, half), half);
+            put(d_up, i, given * rounded(x * share, half), half);
+            put(d_gate, i, inside * share * (1.0f + x * (1.0f - share)), half);
+        }
 }
 
-void gate_backward(const void *g, const void *gate, const void *up, void *d_gate, void *d_up, int64_t n,
-                   int32_t half) {
-    if (half) gate_all_back(g, gate, up, d_gate, d_up, n, 1);
-    else gate_all_back(g, gate, up, d_gate, d_up, n, 0);
+/* d_gate and d_up lie as gate and up do. */
+void gate_backward(const void *g, const void *gate, const void *up, void *d_gate, void *d_up, int64_t rows,
+                   int32_t size, int64_t row_size, int32_t half) {
+    if (half) gate_all_back(g, gate, up, d_gate, d_up, rows, size, row_size, 1);
+    else gate_all_back(g, gate, up, d_gate, d_up, rows, size, row_size, 0);
 }
 
 /* A row of logits becomes its exponentials up to a factor, and their sum is returned. */

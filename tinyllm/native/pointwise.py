@@ -14,9 +14,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
+from tinyllm.neighbours import beside_each_other, parts_beside
 
 SOURCE = Path(__file__).with_name("pointwise.c")
-HEADERS = [SOURCE.with_name(f"{name}.h") for name in ("draws", "numbers", "vectors")]
+HEADERS = code.headers_of(SOURCE, "draws", "numbers", "vectors")
 TYPES = (torch.float32, torch.bfloat16)
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 ARGUMENTS = {
@@ -24,8 +25,8 @@ ARGUMENTS = {
     "add_kept": [POINTER, POINTER, NUMBER, ctypes.c_uint64, ctypes.c_uint32, INT],
     "norm_forward": [POINTER] * 4 + [NUMBER, INT, ctypes.c_float, INT],
     "norm_backward": [POINTER] * 5 + [NUMBER, INT, INT],
-    "gate_forward": [POINTER] * 3 + [NUMBER, INT],
-    "gate_backward": [POINTER] * 5 + [NUMBER, INT],
+    "gate_forward": [POINTER] * 3 + [NUMBER, INT, NUMBER, INT],
+    "gate_backward": [POINTER] * 5 + [NUMBER, INT, NUMBER, INT],
     "exponentiate": [POINTER] * 4 + [NUMBER, NUMBER, INT],
 }
 
@@ -33,14 +34,7 @@ ARGUMENTS = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had."""
-    found = code.load(SOURCE, *HEADERS)
-    if found is None:
-        return None
-    for name, types in ARGUMENTS.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = types, None
-    found.lanes.restype = INT
-    return found
+    return code.functions_of(SOURCE, HEADERS, ARGUMENTS)
 
 
 def takes(*tensors: torch.Tensor) -> bool:
@@ -56,8 +50,8 @@ def takes(*tensors: torch.Tensor) -> bool:
 
 
 def fills_vectors(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a multiple of the processor's lanes of elements."""
-    return tensor.numel() % library().lanes() == 0
+    """Whether a tensor's rows have a multiple of the processor's lanes of elements."""
+    return tensor.shape[-1] % library().lanes() == 0
 
 
 def _half(tensor: torch.Tensor) -> int:
@@ -86,16 +80,26 @@ def exponentiate(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor,
         The cross-entropy of each of ``ids`` (n,), (n,) float32; and each row's sum, (n,) float32, by which
         its exponentials are to be divided to be probabilities.
     """
-    assert logits.is_contiguous() and ids.is_contiguous() and ids.dtype == torch.int64
-    assert logits.shape[:1] == ids.shape
-    if len(ids) and not 0 <= ids.min() <= ids.max() < logits.shape[1]:
-        raise IndexError(f"ids {ids.min()} to {ids.max()} among {logits.shape[1]} words")
+    assert logits.is_contiguous() and logits.shape[:1] == ids.shape
+    ids = words_among(ids, logits.shape[1])
     losses, totals = (torch.empty(len(ids), dtype=torch.float32) for _ in range(2))
     library().exponentiate(
         logits.data_ptr(), ids.data_ptr(), losses.data_ptr(), totals.data_ptr(), *logits.shape,
         _half(logits),
     )  # fmt: skip
     return losses, totals
+
+
+def words_among(ids: torch.Tensor, num_words: int) -> torch.Tensor:
+    """Ids ``(n,)`` that compiled code may look up.
+
+    Raises:
+        IndexError: an id is no word.
+    """
+    assert ids.dtype == torch.int64
+    if len(ids) and not 0 <= ids.min() <= ids.max() < num_words:
+        raise IndexError(f"ids {ids.min()} to {ids.max()} among {num_words} words")
+    return ids.contiguous()
 
 
 class RmsNorm(torch.autograd.Function):
@@ -133,10 +137,16 @@ class SiluGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up):
-        """``gate`` and ``up`` of one shape and type, which is the result's."""
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        library().gate_forward(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), _half(y))
+        """``gate`` and ``up`` ``(N, inner)`` of one type, which is the result's; where they lie beside each
+        other in memory, so do their gradients.
+        """
+        ctx.beside = beside_each_other((gate, up)) is not None
+        if not ctx.beside:
+            gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty(gate.shape, dtype=gate.dtype)
+        library().gate_forward(
+            gate.data_ptr(), up.data_ptr(), y.data_ptr(), *y.shape, gate.stride(0), _half(y)
+        )
         ctx.save_for_backward(gate, up)
         return y
 
@@ -144,9 +154,12 @@ class SiluGate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        grad, d_gate, d_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        grad, shapes = grad.contiguous(), [gate.shape, up.shape]
+        d_gate, d_up = (
+            parts_beside(shapes, grad) if ctx.beside else map(torch.empty_like, (gate, up))
+        )
         library().gate_backward(
             grad.data_ptr(), gate.data_ptr(), up.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(),
-            grad.numel(), _half(grad),
+            *grad.shape, gate.stride(0), _half(grad),
         )  # fmt: skip
         return d_gate, d_up

@@ -47,10 +47,20 @@ INLINE vec choose(whole mask, vec a, vec b) {
 
 /* e^x to about 1e-6: e^(n ln 2 + r), and the Taylor series of e^r for |r| < 0.35. */
 INLINE vec exponential(vec x) {
+#ifdef __AVX512F__ /* what is no number is the second of two, which it then is */
+    x = (vec)_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)x));
+    vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
     x = choose(x < -87.0f, (vec){0} - 87.0f, choose(x > 88.0f, (vec){0} + 88.0f, x));
     vec turns = x * 1.44269504f, half = choose(turns < 0.0f, (vec){0} - 0.5f, (vec){0} + 0.5f);
-    whole n = __builtin_convertvector(turns + half, whole);
-    vec r = x - __builtin_convertvector(n, vec) * 0.69314718f;
-    vec series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
-    return series * (vec)((n + 127) << 23);
+    vec n = __builtin_convertvector(__builtin_convertvector(turns + half, whole), vec);
+#endif
+    vec r = multiply_add(n, (vec){0} - 0.69314718f, x), series = (vec){0} + 1.0f / 720;
+    const float rest[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    UNROLL for (int i = 0; i < 6; i++) series = multiply_add(series, r, (vec){0} + rest[i]);
+#ifdef __AVX512F__
+    return (vec)_mm512_scalef_ps((__m512)series, (__m512)n);
+#else
+    return series * (vec)((__builtin_convertvector(n, whole) + 127) << 23);
+#endif
 }

@@ -1,0 +1,72 @@
+"""Tensors that are neighbours in memory, seen as the one tensor that they are parts of.
+
+Where several layers read the same input, one product does for all of them if their weights lie below
+each other; and what comes out, and its gradients, need no copies if they lie beside each other.
+Whether they do is looked up in the tensors themselves, so that nothing goes stale when one is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def below_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """``(a + b, n)`` of matrices ``(a, n)`` and ``(b, n)`` in one storage; None if they are elsewhere."""
+    first, rows, end = tensors[0], 0, tensors[0].storage_offset()
+    for tensor in tensors:
+        if not (_same_kind(tensor, first) and tensor.is_contiguous()):
+            return None
+        if tensor.shape[1:] != first.shape[1:] or tensor.storage_offset() != end:
+            return None
+        rows, end = rows + len(tensor), end + tensor.numel()
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def beside_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """``(N, a + b)`` of parts ``(N, a)`` and ``(N, b)``, or more dimensions that make ``a`` and ``b``, in
+    one storage; None if they are elsewhere.
+    """
+    first, end = tensors[0], tensors[0].storage_offset()
+    total = sum(math.prod(tensor.shape[1:]) for tensor in tensors)
+    for tensor in tensors:
+        width = math.prod(tensor.shape[1:])
+        if not _same_kind(tensor, first) or len(tensor) != len(first):
+            return None
+        if tensor.stride() != (total, *_dense(tensor.shape[1:])) or tensor.storage_offset() != end:
+            return None
+        end += width
+    return first.detach().as_strided((len(first), total), (total, 1))
+
+
+def parts_beside(shapes: Sequence[torch.Size], like: torch.Tensor) -> list[torch.Tensor]:
+    """Empty tensors of these shapes ``(N, ...)``, beside each other."""
+    widths = [math.prod(shape[1:]) for shape in shapes]
+    joint = torch.empty(shapes[0][0], sum(widths), dtype=like.dtype, device=like.device)
+    parts = joint.split(widths, 1)
+    return [part.unflatten(1, shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def lay_below(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Move matrices ``(a, n)`` and ``(b, n)`` below each other into one storage."""
+    joint = torch.cat([p.data for p in parameters])
+    for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+
+
+def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (
+        one.dtype == other.dtype
+        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    )
+
+
+def _dense(shape: torch.Size) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.insert(0, step)
+        step *= size
+    return tuple(strides)
