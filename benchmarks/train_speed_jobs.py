@@ -65,9 +65,9 @@ def _llama(hidden, inner, layers, heads, kv_heads, vocabulary, tied) -> dict:
 
 
 SHAPES = {
-    "embedded": Shape("embedded", _llama(384, 1024, 8, 6, 3, 8192, True), 20, 2),
-    "upstream_16m": Shape("upstream_16m", _llama(120, 384, 6, 6, 6, 64798, False), 20, 2),
-    "llama_135m": Shape("llama_135m", _llama(576, 1536, 30, 9, 3, 49152, True), 4, 1),
+    "embedded": Shape("embedded", _llama(384, 1024, 8, 6, 3, 8192, True), 80, 2),
+    "upstream_16m": Shape("upstream_16m", _llama(120, 384, 6, 6, 6, 64798, False), 80, 2),
+    "llama_135m": Shape("llama_135m", _llama(576, 1536, 30, 9, 3, 49152, True), 8, 1),
 }
 
 

@@ -138,6 +138,16 @@ def test_no_rows_at_all(dtype):
     assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
 
 
+def test_outputs_may_be_changed_in_place():
+    """As OLMo does with its queries, keys and values."""
+    layer = next(m for m in lora_model(True).modules() if type(m) is FastLoraLinear)
+    x = torch.randn(1, 4, 32)
+    expected = layer(x).clamp(-0.1, 0.1)
+    found = layer(x).clamp_(-0.1, 0.1)
+    found.sum().backward()
+    assert torch.equal(found, expected)
+
+
 def test_under_autocast_pefts_own_forward_is_taken():
     ids, model = torch.randint(5, 480, (2, 9)), lora_model(True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,7 +3,13 @@
 import torch
 from torch import nn
 
-from tinyllm.neighbours import below_each_other, beside_each_other, lay_below, parts_beside
+from tinyllm.neighbours import (
+    below_each_other,
+    beside_each_other,
+    empty_like,
+    in_known_rows,
+    lay_below,
+)
 
 
 def test_matrices_below_each_other():
@@ -43,10 +49,14 @@ def test_parts_beside_each_other():
     assert torch.equal(beside_each_other([whole]), whole)
 
 
-def test_empty_parts_and_no_rows():
-    shapes = [torch.Size((3, 2, 4)), torch.Size((3, 5))]
-    parts = parts_beside(shapes, torch.zeros(1, dtype=torch.bfloat16))
-    assert [p.shape for p in parts] == shapes and parts[0].dtype == torch.bfloat16
-    assert beside_each_other(parts).shape == (3, 13)
-    none = parts_beside([torch.Size((0, 2)), torch.Size((0, 3))], torch.zeros(1))
+def test_empty_ones_lie_as_the_parts_do():
+    columns = torch.zeros(3, 13, dtype=torch.bfloat16).split([8, 5], 1)
+    parts = (columns[0].unflatten(1, (2, 4)), columns[1])
+    found = empty_like(*in_known_rows(*parts))
+    assert beside_each_other(found).shape == (3, 13) and found[0].dtype == torch.bfloat16
+    assert [p.shape for p in found] == [p.shape for p in parts]
+    apart = in_known_rows(columns[1], columns[1])
+    assert all(p.is_contiguous() for p in apart)
+    assert all(p.is_contiguous() for p in empty_like(*apart))
+    none = empty_like(*torch.zeros(0, 5).split([2, 3], 1))
     assert none[1].shape == (0, 3)

@@ -91,16 +91,51 @@ def test_with_gradient_checkpointing(calls, reentrant):
 
 
 def test_saved_tensors_go_through_autograds_hooks():
-    """So that what offloads or checkpoints them sees all of them."""
+    """What offloads or compresses them sees all of them, and may give back copies that lie otherwise."""
     model, seen = make(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
-        step(model)
+    expected = step(model)
+
+    def copy(tensor):
+        seen.append(tensor.shape)
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    with torch.autograd.graph.saved_tensors_hooks(copy, lambda t: t):
+        assert_equal(step(model), expected, atol=1e-6, rtol=1e-4)
     assert torch.Size([64, 64]) in seen and len(seen) > 2 * 20
 
 
-@pytest.mark.parametrize(
-    "why", ["targets", "hook", "disabled", "merged", "evaluated", "trained norm"]
-)
+def test_nothing_is_kept_after_the_backward_pass(monkeypatch):
+    model, kept = make(), []
+    real = DecoderLayer.forward
+
+    def forward(ctx, *inputs):
+        found = real(ctx, *inputs)
+        kept.append(ctx)
+        return found
+
+    monkeypatch.setattr(DecoderLayer, "forward", staticmethod(forward))
+    step(model)
+    assert len(kept) == 2
+    for ctx in kept:
+        assert not ctx.steps.tensors
+        assert not any(one.saved_tensors for one in ctx.steps.by_name.values())
+
+
+def test_a_second_backward_pass_gives_the_same():
+    model, ids = make(dropout=0.3), torch.randint(5, 480, (1, 20))
+    inputs = {"input_ids": ids[0], "labels": ids[0], "lengths": torch.tensor([20])}
+    loss = model(**model_inputs(inputs, packed_attention=True)).logits.float().pow(2).mean()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, trained), strict=True)
+    )
+
+
+WHYS = ["targets", "hook", "backward hook", "disabled", "merged", "evaluated", "trained norm"]
+
+
+@pytest.mark.parametrize("why", WHYS)
 def test_what_is_not_plain_takes_the_modules_way(calls, why):
     if why == "targets":
         model, slow = make(targets=ALL[:4]), make(False, targets=ALL[:4])
@@ -111,6 +146,9 @@ def test_what_is_not_plain_takes_the_modules_way(calls, why):
     if why == "hook":
         for layer in layers:
             layer.mlp.gate_proj.register_forward_hook(lambda *of: seen.append(1))
+    if why == "backward hook":
+        for layer in layers:
+            layer.mlp.register_full_backward_hook(lambda *of: seen.append(1))
     if why == "trained norm":
         for one in (model, slow):
             for layer in one.get_base_model().model.layers:
@@ -128,7 +166,7 @@ def test_what_is_not_plain_takes_the_modules_way(calls, why):
         torch.testing.assert_close(*losses)
     else:
         assert_equal(step(model), step(slow), atol=1e-6, rtol=1e-4)
-    assert not calls and len(seen) == (2 if why == "hook" else 0)
+    assert not calls and len(seen) == (2 if "hook" in why else 0)
 
 
 def test_a_replaced_weight_is_seen(calls):

@@ -114,6 +114,36 @@ def test_every_step_equals_the_naive_reference(tokenizer, base_folder, data_file
     assert_same(trained, adapter)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_step_trains_even_if_a_wrappers_own_flag_says_so_already(
+    tokenizer, base_folder, data_file, tmp_path, wrapped
+):
+    """DDP and DeepSpeed: evaluating the model inside sets it to evaluation, but not the wrapper."""
+    settings, _ = parse_settings(
+        train_arguments(base_folder, data_file, tmp_path, *NO_NOISE, "--eval_strategy", "no")
+    )
+    model = add_lora(make_model().eval(), settings.lora)
+    trainer = SftTrainer(model, settings.training, encoded(tokenizer), None, tokenizer, 64)
+    trainer.create_optimizer()
+    outer = Wrapper(model) if wrapped else model
+    for _ in range(2):
+        model.eval()
+        outer.training = True
+        trainer.training_step(outer, next(iter(trainer.get_train_dataloader())))
+        assert all(module.training for module in model.modules())
+
+
+class Wrapper(torch.nn.Module):
+    """What DDP is to the Trainer."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
 def test_accumulation_changes_nothing(base_folder, data_file, tmp_path):
     whole = adapter_after(base_folder, data_file, tmp_path / "a", *NO_NOISE,
                           "--per_device_train_batch_size", "6")  # fmt: skip

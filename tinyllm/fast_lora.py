@@ -45,15 +45,18 @@ class LoraLinears(torch.autograd.Function):
             adapters: the A_i (r_i, in) of all layers, and then their B_i (out_i, r_i).
         """
         joint = F.linear(x, weight, bias)
-        layers = len(dropouts)
-        outputs = joint.split([len(b) for b in adapters[layers:]], 1)
-        ctx.parts, lows = [], []
-        for a, b, y, *how in zip(
-            adapters[:layers], adapters[layers:], outputs, dropouts, scales, strict=True
-        ):
-            part = compiled if compiled.takes(x, a, b) else by_torch
-            lows.append(part.add_forward(x, a, b, y, *how))
-            ctx.parts.append((part, *how))
+        layers = range(len(dropouts))
+        downs, ups = adapters[: len(layers)], adapters[len(layers) :]
+        # a lone output stays the whole tensor: others may change it in place, as no view may be
+        outputs = joint.split([len(up) for up in ups], 1) if len(layers) > 1 else (joint,)
+        ctx.dropouts, ctx.scales = dropouts, scales
+        ctx.compiled = [compiled.takes(x, downs[i], ups[i]) for i in layers]
+        lows = [
+            _part(ctx.compiled[i]).add_forward(
+                x, downs[i], ups[i], outputs[i], dropouts[i], scales[i]
+            )
+            for i in layers
+        ]
         ctx.save_for_backward(x, weight, *adapters, *lows)
         return outputs
 
@@ -61,20 +64,25 @@ class LoraLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         x, weight, *rest = ctx.saved_tensors
+        size = len(grads)
+        downs, ups, lows = (rest[i : i + size] for i in (0, size, 2 * size))
         joint = beside_each_other(grads)
         if joint is None:
-            joint = torch.cat(grads, 1) if len(grads) > 1 else grads[0].contiguous()
+            joint = torch.cat(grads, 1) if size > 1 else grads[0].contiguous()
         grad_x = joint @ weight if ctx.needs_input_grad[0] else None
-        layers = len(grads)
-        grads_a, grads_b = [], []
-        for (part, *how), a, b, low, grad in zip(
-            ctx.parts, rest[:layers], rest[layers : 2 * layers], rest[2 * layers :],
-            joint.split([grad.shape[1] for grad in grads], 1), strict=True,
-        ):  # fmt: skip
-            grad_a, grad_b = part.add_backward(x, a, b, low, grad, grad_x, *how)
-            grads_a.append(grad_a)
-            grads_b.append(grad_b)
-        return grad_x, None, None, None, None, *grads_a, *grads_b
+        columns = joint.split([len(up) for up in ups], 1)
+        found = [
+            _part(ctx.compiled[i]).add_backward(
+                x, downs[i], ups[i], lows[i], columns[i], grad_x, ctx.dropouts[i], ctx.scales[i]
+            )
+            for i in range(size)
+        ]
+        return grad_x, None, None, None, None, *(a for a, _ in found), *(b for _, b in found)
+
+
+def _part(is_compiled: bool):
+    """The module that computes what an adapter adds."""
+    return compiled if is_compiled else by_torch
 
 
 class FastLoraLinear(PeftLinear):
@@ -92,7 +100,7 @@ class FastLoraLinear(PeftLinear):
 
     def can_be_joined(self, x: torch.Tensor) -> bool:
         """Whether nothing but the forward above happens when the layer is called."""
-        return self._is_plain(x) and not (self._forward_hooks or self._forward_pre_hooks)
+        return self._is_plain(x) and not has_hooks(self)
 
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU.
@@ -112,6 +120,16 @@ class FastLoraLinear(PeftLinear):
             and not (self.base_layer.bias is not None and self.base_layer.bias.requires_grad)
             and not self.lora_bias[self.name]
         )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see when a module is called, forwards or backwards."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +155,7 @@ class Joined:
 
 
 def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
-    """Layers that are plain for ``x`` and whose weights :func:`lay_together` put below each other."""
+    """Layers that are plain for ``x`` and whose weights lie below each other, as one layer's do."""
     if not all(type(layer) is FastLoraLinear and layer.can_be_joined(x) for layer in layers):
         return None
     bases = [layer.base_layer for layer in layers]

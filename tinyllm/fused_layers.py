@@ -1,4 +1,4 @@
-"""A llama-like model's norms, gates and attention compiled, for training on a CPU.
+"""A llama-like model's norms, gates, attention and whole layers compiled, for training on a CPU.
 
 The layers stay transformers' own: same parameters, same names; only ``forward`` differs, and any case
 that the compiled code does not take goes to theirs.
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tinyllm.attention import PACKED_SDPA
-from tinyllm.fast_lora import joined, lay_together, project
+from tinyllm.fast_lora import has_hooks, joined, lay_together, project
 from tinyllm.native import attention, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
@@ -100,15 +100,9 @@ class FusedLayer(nn.Module):
     def _parts(self, x: torch.Tensor, kwargs: dict) -> LayerParts | None:
         attention, mlp = self.self_attn, self.mlp
         norms = [self.input_layernorm, self.post_attention_layernorm]
-        if not (
-            isinstance(attention, FusedAttention)
-            and isinstance(mlp, FusedMlp)
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in (attention, mlp, *norms))
-            and attention._is_plain(x, kwargs)
-        ):
-            return None
-        head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        if not all(isinstance(m, FusedNorm) and m.is_plain(x) for m in (*norms, *head_norms)):
+        if hasattr(attention, "q_norm"):
+            norms += [attention.q_norm, attention.k_norm]
+        if not self._are_plain(x, kwargs, norms):
             return None
         linears = [
             joined(x, attention.q_proj, attention.k_proj, attention.v_proj),
@@ -118,12 +112,19 @@ class FusedLayer(nn.Module):
         ]
         if None in linears or not pointwise.fills_vectors(linears[3].weight):
             return None
-        first, second, *heads = (Norm(m.weight, m.variance_epsilon) for m in (*norms, *head_norms))
         cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
         attend = (cos, sin, kwargs["cu_seq_lens_q"], attention.scaling)
-        qkv, out, gate_up, down = linears
-        return LayerParts(
-            first, qkv, attention.head_dim, tuple(heads), attend, out, second, gate_up, down
+        kinds = [Norm(m.weight, m.variance_epsilon) for m in norms]
+        return LayerParts(*kinds[:2], tuple(kinds[2:]), attention.head_dim, attend, *linears)
+
+    def _are_plain(self, x: torch.Tensor, kwargs: dict, norms: list[nn.Module]) -> bool:
+        """Whether attention, MLP and norms do what their compiled steps do, and nobody looks on."""
+        return (
+            isinstance(self.self_attn, FusedAttention)
+            and isinstance(self.mlp, FusedMlp)
+            and not any(map(has_hooks, (self.self_attn, self.mlp, self.mlp.act_fn, *norms)))
+            and self.self_attn._is_plain(x, kwargs)
+            and all(isinstance(norm, FusedNorm) and norm.is_plain(x) for norm in norms)
         )
 
 
@@ -133,10 +134,10 @@ def _suits(*tensors: torch.Tensor) -> bool:
 
 
 def use_fused_layers(model: nn.Module) -> int:
-    """Let a model's norms, gates and attention compute this way.
+    """Let a model's norms, gates, attention and decoder layers compute this way.
 
     Returns:
-        How many layers do; 0 leaves the model as it was (another architecture, or no compiler).
+        How many modules may; 0 leaves the model as it was (another architecture, or no compiler).
     """
     if pointwise.library() is None or attention.library() is None:
         return 0

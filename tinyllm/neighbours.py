@@ -1,7 +1,7 @@
 """Tensors that are neighbours in memory, seen as the one tensor that they are parts of.
 
 Where several layers read the same input, one product does for all of them if their weights lie below
-each other; and what comes out, and its gradients, need no copies if they lie beside each other.
+each other.  What comes out lies beside each other, and if its gradients do, too, they are not copied.
 Whether they do is looked up in the tensors themselves, so that nothing goes stale when one is replaced.
 """
 
@@ -41,12 +41,19 @@ def beside_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.detach().as_strided((len(first), total), (total, 1))
 
 
-def parts_beside(shapes: Sequence[torch.Size], like: torch.Tensor) -> list[torch.Tensor]:
-    """Empty tensors of these shapes ``(N, ...)``, beside each other."""
-    widths = [math.prod(shape[1:]) for shape in shapes]
-    joint = torch.empty(shapes[0][0], sum(widths), dtype=like.dtype, device=like.device)
-    parts = joint.split(widths, 1)
-    return [part.unflatten(1, shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+def in_known_rows(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The parts as they are where they lie :func:`beside_each_other`, else contiguous."""
+    return parts if beside_each_other(parts) is not None else tuple(p.contiguous() for p in parts)
+
+
+def empty_like(*parts: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors that lie as these do, which are :func:`in_known_rows`."""
+    joint = beside_each_other(parts)
+    if joint is None:
+        return [torch.empty_like(part) for part in parts]
+    widths = [math.prod(part.shape[1:]) for part in parts]
+    columns = torch.empty_like(joint).split(widths, 1)
+    return [one.unflatten(1, part.shape[1:]) for one, part in zip(columns, parts, strict=True)]
 
 
 def lay_below(parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -59,6 +66,7 @@ def lay_below(parameters: Sequence[torch.nn.Parameter]) -> None:
 def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (
         one.dtype == other.dtype
+        and one.device == other.device
         and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     )
 

@@ -30,18 +30,18 @@ class LayerParts:
     """What a layer computes with, all of it frozen but the adapters.
 
     Attributes:
-        head_dim: size of an attention head.
         head_norms: of queries and keys, where the family has them.
+        head_dim: size of an attention head.
         attend: what :class:`PackedAttention` takes behind queries, keys and values.
     """
 
     first_norm: Norm
-    qkv: Joined
-    head_dim: int
-    head_norms: tuple[Norm, ...]
-    attend: tuple
-    out: Joined
     second_norm: Norm
+    head_norms: tuple[Norm, ...]
+    head_dim: int
+    attend: tuple
+    qkv: Joined
+    out: Joined
     gate_up: Joined
     down: Joined
 
@@ -57,40 +57,36 @@ class Step:
     def __init__(self, function: type[torch.autograd.Function], needs_input: bool) -> None:
         self.function, self.needs_input_grad = function, (needs_input,)
         self.saved_tensors: tuple[torch.Tensor, ...] = ()
+        self.place = slice(0, 0)  # of them among all that the layer saved
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         self.saved_tensors = tensors
 
-    def back(self, *grads: torch.Tensor) -> tuple:
-        return self.function.backward(self, *grads)
-
 
 class Steps:
-    """The steps of one forward, in order."""
+    """The steps of a layer by their names.  Between forward and backward only autograd has their tensors."""
 
     def __init__(self) -> None:
-        self.all: list[Step] = []
+        self.by_name: dict[str, Step] = {}
+        self.tensors: tuple[torch.Tensor, ...] = ()
 
-    def run(self, function: type[torch.autograd.Function], *inputs, needs_input: bool = True):
-        step = Step(function, needs_input)
-        self.all.append(step)
-        return function.forward(step, *inputs)
+    def run(self, name: str, function, *inputs, needs_input: bool = True):
+        """What a step's function makes of the inputs."""
+        self.by_name[name] = step = Step(function, needs_input)
+        outputs = function.forward(step, *inputs)
+        first = len(self.tensors)
+        self.tensors += step.saved_tensors
+        step.place, step.saved_tensors = slice(first, len(self.tensors)), ()
+        return outputs
 
-    def give_tensors(self) -> list[torch.Tensor]:
-        """What all steps saved; they forget it."""
-        tensors = [t for step in self.all for t in step.saved_tensors]
-        self.sizes = [len(step.saved_tensors) for step in self.all]
-        for step in self.all:
+    def back(self, name: str, *grads: torch.Tensor) -> tuple:
+        """The gradients of a step's inputs."""
+        step = self.by_name[name]
+        step.saved_tensors = self.tensors[step.place]
+        try:
+            return step.function.backward(step, *grads)
+        finally:
             step.saved_tensors = ()
-        return tensors
-
-    def take_tensors(self, tensors: tuple[torch.Tensor, ...]) -> list[Step]:
-        """The steps with what they saved."""
-        start = 0
-        for step, size in zip(self.all, self.sizes, strict=True):
-            step.saved_tensors = tensors[start : start + size]
-            start += size
-        return self.all
 
 
 class DecoderLayer(torch.autograd.Function):
@@ -104,56 +100,71 @@ class DecoderLayer(torch.autograd.Function):
         steps = Steps()
         attended = x + _attention(steps, x, parts, ctx.needs_input_grad[0])
         found = attended + _mlp(steps, attended, parts)
-        ctx.save_for_backward(*steps.give_tensors())
-        ctx.steps, ctx.head_norms = steps, len(parts.head_norms)
+        ctx.save_for_backward(*steps.tensors)
+        steps.tensors = ()
+        ctx.steps = steps
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        steps = ctx.steps.take_tensors(ctx.saved_tensors)
-        first_norm, qkv, *head_norms, attention, out, second_norm, gate_up, gate, down = steps
-        grad_product, down_grads = _linear_back(down, grad.contiguous())
-        grad_normed, gate_up_grads = _linear_back(gate_up, *gate.back(grad_product))
-        grad_attended = second_norm.back(grad_normed)[0].add_(grad)
-        grad_out, out_grads = _linear_back(out, grad_attended)
-        grads_qkv = list(attention.back(_heads_of(grad_out, attention))[:3])
-        for number, norm in enumerate(head_norms):
-            grads_qkv[number] = norm.back(grads_qkv[number])[0]
-        grad_normed, qkv_grads = _linear_back(qkv, *(g.flatten(1) for g in grads_qkv))
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = first_norm.back(grad_normed)[0].add_(grad_attended)
-        return grad_x, None, *qkv_grads, *out_grads, *gate_up_grads, *down_grads
+        steps = ctx.steps
+        steps.tensors = ctx.saved_tensors
+        try:
+            grad_attended, of_mlp = _mlp_back(steps, grad.contiguous())
+            grad_x, of_attention = _attention_back(steps, grad_attended, ctx.needs_input_grad[0])
+        finally:
+            steps.tensors = ()
+        return grad_x, None, *of_attention, *of_mlp
 
 
 def _attention(steps: Steps, x: torch.Tensor, parts: LayerParts, needs_input: bool) -> torch.Tensor:
-    normed = steps.run(RmsNorm, x, parts.first_norm.weight, parts.first_norm.eps)
-    projected = _linear(steps, normed, parts.qkv, needs_input)
+    normed = _norm(steps, "first norm", x, parts.first_norm)
+    projected = _linear(steps, "qkv", normed, parts.qkv, needs_input)
     heads = [states.unflatten(1, (-1, parts.head_dim)) for states in projected]
     for number, norm in enumerate(parts.head_norms):
-        heads[number] = steps.run(RmsNorm, heads[number], norm.weight, norm.eps)
-    return _linear(steps, steps.run(PackedAttention, *heads, *parts.attend).flatten(1), parts.out)[
-        0
-    ]
+        heads[number] = _norm(steps, f"head norm {number}", heads[number], norm)
+    attended = steps.run("attention", PackedAttention, *heads, *parts.attend)
+    return _linear(steps, "out", attended.flatten(1), parts.out)[0]
+
+
+def _attention_back(steps: Steps, grad: torch.Tensor, needs_input: bool):
+    """The gradients of ``x + attention(norm(x))``'s input, or None, and of the adapters."""
+    grad_out, of_out = _linear_back(steps, "out", grad)
+    heads = steps.tensors[steps.by_name["attention"].place][0].shape
+    grads = list(steps.back("attention", grad_out.view(heads))[:3])
+    for number in range(sum(name.startswith("head norm") for name in steps.by_name)):
+        grads[number] = steps.back(f"head norm {number}", grads[number])[0]
+    grad_normed, of_qkv = _linear_back(steps, "qkv", *(g.flatten(1) for g in grads))
+    grad_x = steps.back("first norm", grad_normed)[0].add_(grad) if needs_input else None
+    return grad_x, (*of_qkv, *of_out)
 
 
 def _mlp(steps: Steps, x: torch.Tensor, parts: LayerParts) -> torch.Tensor:
-    normed = steps.run(RmsNorm, x, parts.second_norm.weight, parts.second_norm.eps)
-    gate_up = _linear(steps, normed, parts.gate_up)
-    return _linear(steps, steps.run(SiluGate, *gate_up), parts.down)[0]
+    normed = _norm(steps, "second norm", x, parts.second_norm)
+    product = steps.run("gate", SiluGate, *_linear(steps, "gate up", normed, parts.gate_up))
+    return _linear(steps, "down", product, parts.down)[0]
 
 
-def _linear(steps: Steps, x: torch.Tensor, layers: Joined, needs_input: bool = True) -> tuple:
-    return steps.run(LoraLinears, x, *layers.how(), *layers.adapters(), needs_input=needs_input)
+def _mlp_back(steps: Steps, grad: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+    """The gradients of ``y + mlp(norm(y))``'s input and of the adapters."""
+    grad_product, of_down = _linear_back(steps, "down", grad)
+    grad_normed, of_gate_up = _linear_back(steps, "gate up", *steps.back("gate", grad_product))
+    return steps.back("second norm", grad_normed)[0].add_(grad), (*of_gate_up, *of_down)
 
 
-def _linear_back(step: Step, *grads: torch.Tensor) -> tuple[torch.Tensor | None, tuple]:
+def _norm(steps: Steps, name: str, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    return steps.run(name, RmsNorm, x, norm.weight, norm.eps)
+
+
+def _linear(
+    steps: Steps, name: str, x: torch.Tensor, layers: Joined, needs_input: bool = True
+) -> tuple[torch.Tensor, ...]:
+    inputs = (x, *layers.how(), *layers.adapters())
+    return steps.run(name, LoraLinears, *inputs, needs_input=needs_input)
+
+
+def _linear_back(steps: Steps, name: str, *grads: torch.Tensor):
     """The gradient of the input, and those of the adapters."""
-    grad_x, _, _, _, _, *others = step.back(*grads)
-    return grad_x, tuple(others)
-
-
-def _heads_of(grad: torch.Tensor, attention: Step) -> torch.Tensor:
-    """The gradient of attention's output ``(N, num_heads * head_dim)``, head by head."""
-    return grad.view(attention.saved_tensors[0].shape)
+    grad_x, _, _, _, _, *of_adapters = steps.back(name, *grads)
+    return grad_x, tuple(of_adapters)

@@ -97,6 +97,7 @@ class SftTrainer(SavingTrainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As ever, or with LoRA+'s two learning rates."""
+        self.trained = []
         if self.optimizer is None and self.loraplus_lr_ratio:
             self.optimizer = loraplus_optimizer(self.model, self.args, self.loraplus_lr_ratio)
         return super().create_optimizer(model)
@@ -125,7 +126,8 @@ class SftTrainer(SavingTrainer):
 
     def training_step(self, model, inputs: Batch, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one optimizer step, in micro-batches; returns its loss ()."""
-        if not model.training:  # to tell hundreds of modules takes a millisecond
+        # To tell hundreds of modules takes a millisecond; a wrapper's own flag does not follow the model's.
+        if not (model.training and self.causal_model.training):
             model.train()
         batch = self._prepare_inputs(inputs)
         num_supervised = self._sum_over_ranks(len(targets(batch)[0]))
@@ -169,8 +171,8 @@ class SftTrainer(SavingTrainer):
         )
 
     def _clip_grad_norm(self, model) -> torch.Tensor | float | None:
-        """As ever, of what is trained: to find that among hundreds of modules takes twice as long."""
-        if self.is_fsdp_enabled:  # compares the parameters with those of its modules
+        """As ever; of a model without wrapper only what is trained, which to find takes as long again."""
+        if model is not self.model:
             return super()._clip_grad_norm(model)
         if not self.trained:
             self.trained = [p for p in model.parameters() if p.requires_grad]

@@ -2,8 +2,8 @@
  * keys.  Arrays are float32 or bfloat16 (half set) as the projections leave them, (positions, heads, size); those
  * of queries, keys and values may be parts of wider rows.  In between everything is float32.  One task is one
  * example and one key-value head with its queries' heads, so that no two threads add to one number.  Keys and
- * values of an example are laid out once, queries go ROWS at a time; the weights are never stored, but computed again from the sums of their exponentials (Dao et al.
- * 2022, arXiv:2205.14135, section 3.1).
+ * values of an example are laid out once, queries go ROWS at a time; the weights are never stored, but computed
+ * again from the sums of their exponentials (Dao et al. 2022, arXiv:2205.14135, section 3.1).
  * Compiled by code.py; the Python side is attention.py.
  */
 #include "tiles.h"
@@ -66,10 +66,14 @@ INLINE void write_row(void *x, int64_t at, const float *from, int size, const in
  * pairs of transformers), and its transpose, which brings a gradient back. */
 INLINE void rotate(float *row, const float *cos, const float *sin, int size, const int back) {
     int middle = size / 2;
-    for (int i = 0; i < middle; i++) {
-        float x = row[i], y = row[i + middle], first = sin[i], second = sin[i + middle];
-        row[i] = x * cos[i] + (back ? y * second : -y * first);
-        row[i + middle] = y * cos[i + middle] + (back ? -x * first : x * second);
+    for (int i = 0; i < middle; i += LANES) {
+        int num = middle - i < LANES ? middle - i : LANES;
+        vec x = get_some(row, i, num, 0), y = get_some(row, i + middle, num, 0);
+        vec first = get_some(sin, i, num, 0), second = get_some(sin, i + middle, num, 0);
+        vec one = x * get_some(cos, i, num, 0), two = y * get_some(cos, i + middle, num, 0);
+        if (back) one += y * second, two -= x * first;
+        else one -= y * first, two += x * second;
+        put_some(row, i, num, one, 0), put_some(row, i + middle, num, two, 0);
     }
 }
 
@@ -127,11 +131,11 @@ INLINE void attend_rows(const Attention *a, Scratch *s, int64_t first, int from,
     const float *cos = angle(s->cos, s, from), *sin = angle(s->sin, s, from);
     int used = rounded_up(from + rows, LANES);
     read_head(a->q, first + from, rows, a->q_row, head, a, s, s->queries, ROWS, cos, sin, half);
-    multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
+    multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, a->size, 0);
     for (int i = 0; i < rows; i++) {
         float *row = s->weights + (int64_t)i * s->most, most = a->scale * largest(row, 0, from + i + 1, 0);
         float total = sum(exponentials(row, from + i + 1, used, a->scale, most));
-        for (int j = 0; j < used; j++) row[j] /= total;
+        for (int j = 0; j < used; j++) row[j] *= 1.0f / total;
         a->sums[(first + from + i) * a->heads + head] = most + logf(total);
     }
     multiply(s->outs, ROWS, s->wide, s->wide, s->weights, s->most, 1, s->values, from + rows, 0);
@@ -172,8 +176,8 @@ INLINE void attend_rows_back(const Attention *a, Scratch *s, const float *values
     int used = rounded_up(from + rows, LANES), seen = rounded_up(from + rows, TALL);
     read_head(a->q, first + from, rows, a->q_row, head, a, s, s->queries, ROWS, cos, sin, half);
     read_head(a->grad, first + from, rows, a->heads * a->size, head, a, s, s->grads, ROWS, NULL, NULL, half);
-    multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, s->wide, 0);
-    multiply(s->dweights, ROWS, used, s->most, s->grads, s->wide, 1, values_across, s->wide, 0);
+    multiply(s->weights, ROWS, used, s->most, s->queries, s->wide, 1, s->keys_across, a->size, 0);
+    multiply(s->dweights, ROWS, used, s->most, s->grads, s->wide, 1, values_across, a->size, 0);
     weights_back(a, s, first, from, rows, used, head);
     multiply(s->dvalues, seen, s->wide, s->wide, s->weights, 1, s->most, s->grads, ROWS, 1);
     multiply(s->dkeys, seen, s->wide, s->wide, s->dweights, 1, s->most, s->queries, ROWS, 1);

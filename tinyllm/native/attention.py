@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
-from tinyllm.neighbours import beside_each_other, parts_beside
+from tinyllm.neighbours import empty_like, in_known_rows
 
 SOURCE = Path(__file__).with_name("attention.c")
 HEADERS = code.headers_of(SOURCE, "tiles", "numbers", "vectors")
@@ -67,9 +67,7 @@ class PackedAttention(torch.autograd.Function):
         Returns:
             ``(N, num_heads, head_dim)``.
         """
-        ctx.beside = beside_each_other((q, k, v)) is not None
-        if not ctx.beside:
-            q, k, v = (t.contiguous() for t in (q, k, v))
+        q, k, v = in_known_rows(q, k, v)
         angles = () if cos is None else (cos.contiguous(), sin.contiguous())
         out = torch.empty(q.shape, dtype=q.dtype)
         sums = torch.empty(q.shape[:2], dtype=torch.float32)
@@ -83,9 +81,8 @@ class PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         tensors = ctx.saved_tensors  # a checkpointed layer allows to ask once
-        parts, grad = tensors[:3], grad.contiguous()
-        shapes = [t.shape for t in parts]
-        grads = parts_beside(shapes, grad) if ctx.beside else [torch.empty_like(t) for t in parts]
+        parts, grad = in_known_rows(*tensors[:3]), grad.contiguous()
+        tensors, grads = (*parts, *tensors[3:]), empty_like(*parts)
         named = dict(zip(("dq", "dk", "dv"), grads, strict=True), grad=grad)
         library().attention_backward(_call(tensors, ctx.scale, **named))
         return *grads, None, None, None, None

@@ -33,7 +33,7 @@ typedef struct {
     float *scores;        /* (WORDS, rows of a block) */
     uint32_t *shares;     /* probabilities up to a factor, pairs of words: (WORDS / 2, rows of a block) */
     float *most, *totals; /* (rows) */
-    float *sums;          /* (rows, wide), each STRIP columns in the order that `interleaved` gives */
+    float *sums;          /* (rows, wide), STRIP columns at a time in the order of unpacked pairs: see write_row */
     uint16_t *last;       /* the head's last words where they are fewer than WORDS */
     int wide;
 } Group;
@@ -91,12 +91,12 @@ static void scale_to(Group *g, int row, floats factors) {
 }
 
 /* Scores of LANES rows become shares; `beside` rows lie beside each other. */
-INLINE void exponentiate(Group *g, int row, const float *scores, uint32_t *shares, int beside, int num) {
+INLINE void exponentiate(Group *g, int row, const float *scores, uint32_t *shares, int beside, int num, int with_sums) {
     floats before = _mm512_loadu_ps(g->most + row), most = before, total = _mm512_setzero_ps();
     for (int word = 0; word < num; word++) most = _mm512_max_ps(_mm512_loadu_ps(scores + word * beside), most);
     if (_mm512_cmp_ps_mask(before, most, _CMP_NEQ_UQ)) {
         floats factors = (floats)exponential((vec)before - (vec)most);
-        scale_to(g, row, factors);
+        if (with_sums) scale_to(g, row, factors);
         _mm512_storeu_ps(g->totals + row, factors * _mm512_loadu_ps(g->totals + row));
         _mm512_storeu_ps(g->most + row, most);
     }
@@ -138,7 +138,8 @@ INLINE void add_words(const Head *h, const uint32_t *shares, int beside, const u
 INLINE void read_words(const Head *h, Group *g, int row, const uint16_t *weight, int num, const int vectors) {
     int beside = vectors * LANES;
     score(h, g->states + (int64_t)row * h->size / 2, weight, g->scores, vectors);
-    for (int n = 0; n < beside; n += LANES) exponentiate(g, row + n, g->scores + n, g->shares + n, beside, num);
+    for (int n = 0; n < beside; n += LANES)
+        exponentiate(g, row + n, g->scores + n, g->shares + n, beside, num, h->gradient != NULL);
     if (!h->gradient) return;
     for (int col = 0; col < h->size; col += STRIP)
         for (int i = 0; i < beside; i += TALL)

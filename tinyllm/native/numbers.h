@@ -31,16 +31,18 @@ INLINE void put(void *at, int64_t i, vec v, const int half) {
     else store((float *)at + i, v);
 }
 
-/* Fewer than LANES numbers, the rest 0. */
+/* At most LANES numbers, the rest 0. */
 INLINE vec get_some(const void *at, int64_t i, int num, const int half) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     __mmask16 mask = (1u << num) - 1;
     if (half) return widen((shorts)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)at + i));
     return (vec)_mm512_maskz_loadu_ps(mask, (const float *)at + i);
-#endif
+#else
+    if (num == LANES) return get(at, i, half);
     char lanes[4 * LANES] = {0};
     memcpy(lanes, (const char *)at + i * (half ? 2 : 4), num * (half ? 2 : 4));
     return get(lanes, 0, half);
+#endif
 }
 
 INLINE void put_some(void *at, int64_t i, int num, vec v, const int half) {
@@ -48,11 +50,11 @@ INLINE void put_some(void *at, int64_t i, int num, vec v, const int half) {
     __mmask16 mask = (1u << num) - 1;
     if (half) _mm256_mask_storeu_epi16((uint16_t *)at + i, mask, (__m256i)narrow(v));
     else _mm512_mask_storeu_ps((float *)at + i, mask, (__m512)v);
-    return;
-#endif
+#else
     char lanes[4 * LANES];
-    put(lanes, 0, v, half);
-    memcpy((char *)at + i * (half ? 2 : 4), lanes, num * (half ? 2 : 4));
+    put(num == LANES ? at : lanes, num == LANES ? i : 0, v, half);
+    if (num < LANES) memcpy((char *)at + i * (half ? 2 : 4), lanes, num * (half ? 2 : 4));
+#endif
 }
 
 INLINE vec rounded(vec v, const int half) { return half ? widen(narrow(v)) : v; }
@@ -77,6 +79,14 @@ INLINE float largest(const void *x, int64_t at, int64_t size, const int half) {
     vec most = (vec){0} - INFINITY, v;
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) v = get(x, at + i, half), most = choose(v > most, v, most);
+#ifdef __AVX512F__
+    if (i < size) {
+        __mmask16 mask = (1u << (size - i)) - 1;
+        v = get_some(x, at + i, size - i, half);
+        most = (vec)_mm512_mask_max_ps((__m512)most, mask, (__m512)v, (__m512)most); /* the second, if one is none */
+    }
+    return _mm512_reduce_max_ps((__m512)most);
+#else
     float found = most[0];
     for (int j = 1; j < LANES; j++) found = most[j] > found ? most[j] : found;
     for (; i < size; i++) {
@@ -84,4 +94,5 @@ INLINE float largest(const void *x, int64_t at, int64_t size, const int half) {
         found = one > found ? one : found;
     }
     return found;
+#endif
 }

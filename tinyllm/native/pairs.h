@@ -56,7 +56,8 @@ static inline void pack_into(const float *x, int down, int along, int rank, int 
 }
 
 /* The same as pairs of r: (height / 2, width); zeros from col = cols on. */
-static inline void pack_from(const float *x, int down, int along, int rank, int height, int cols, int width, uint32_t *to) {
+static inline void pack_from(const float *x, int down, int along, int rank, int height, int cols, int width,
+                             uint32_t *to) {
 #pragma omp for
     for (int r = 0; r < height; r += 2)
         for (int col = 0; col < width; col++) {

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
-from tinyllm.neighbours import beside_each_other, parts_beside
+from tinyllm.neighbours import empty_like, in_known_rows
 
 SOURCE = Path(__file__).with_name("pointwise.c")
 HEADERS = code.headers_of(SOURCE, "draws", "numbers", "vectors")
@@ -140,9 +140,7 @@ class SiluGate(torch.autograd.Function):
         """``gate`` and ``up`` ``(N, inner)`` of one type, which is the result's; where they lie beside each
         other in memory, so do their gradients.
         """
-        ctx.beside = beside_each_other((gate, up)) is not None
-        if not ctx.beside:
-            gate, up = gate.contiguous(), up.contiguous()
+        gate, up = in_known_rows(gate, up)
         y = torch.empty(gate.shape, dtype=gate.dtype)
         library().gate_forward(
             gate.data_ptr(), up.data_ptr(), y.data_ptr(), *y.shape, gate.stride(0), _half(y)
@@ -153,11 +151,8 @@ class SiluGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        grad, shapes = grad.contiguous(), [gate.shape, up.shape]
-        d_gate, d_up = (
-            parts_beside(shapes, grad) if ctx.beside else map(torch.empty_like, (gate, up))
-        )
+        gate, up = in_known_rows(*ctx.saved_tensors)
+        grad, (d_gate, d_up) = grad.contiguous(), empty_like(gate, up)
         library().gate_backward(
             grad.data_ptr(), gate.data_ptr(), up.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(),
             *grad.shape, gate.stride(0), _half(grad),
