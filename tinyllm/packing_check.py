@@ -1,7 +1,9 @@
 """How a base may be fed packed examples: shown by trying, before training, not by a list of names.
 
-Three short examples are run in one row and each alone.  A base for which that makes a difference
-(state that flows along the row, attention that knows no boundaries) gets the next slower way.
+Three short examples are run in one row, and again with other ones around the middle one, for which that
+must make no difference at all; and each alone, which must give the same but for rounding.  A base that
+fails (state that flows along the row, attention that knows no boundaries, positions that do not start
+anew) gets the next slower way.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from tinyllm.errors import UserError
 from tinyllm.vocabulary import embedding_rows
 
 LENGTHS = (7, 12, 5)
+MIDDLE = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])
+SAME = 1e-3  # of a row of logits; products of the same shape are the same to the last bit
+# But for rounding: other kernels in 16 bits differ by 0.09 after the 18 layers of a real base, and by 0.57
+# where positions do not start anew.
+NEAR = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,12 @@ def choose_packing(model) -> Packing:
     kernel = use_packed_attention(model)
     if implementation.startswith("flash_attention") or _is_scattered(model):
         return Packing(kernel)  # cannot be run here: not on this device yet, or in pieces
-    alone = _logits(model, one_by_one=True, kernel=False)
-    if kernel and _agree(_logits(model, one_by_one=False, kernel=True), alone):
+    if kernel and _is_right(model, kernel=True):
         return Packing(kernel=True)
     if kernel:
         model.set_attn_implementation(implementation)
     name = model.config.model_type
-    if _agree(_logits(model, one_by_one=False, kernel=False), alone):
+    if _is_right(model, kernel=False):
         why = f"{name}: its attention ({implementation}) is fed packed rows through a mask: slower"
         return Packing(kernel=False, why=why)
     why = f"{name}: examples in one row would see each other, so each is run alone: slower"
@@ -62,20 +68,35 @@ def _is_scattered(model) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _example_batch(model) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embedding_rows(model), (sum(LENGTHS),), generator=generator)
-    batch = {"input_ids": ids, "labels": ids, "lengths": torch.tensor(LENGTHS)}
+def _is_right(model, kernel: bool) -> bool:
+    """Whether examples in one row see nothing of each other."""
+    packed = _logits(model, kernel)
+    among_others = _logits(model, kernel, around=1)
+    alone = _logits(model, kernel=False, one_by_one=True)
+    near = NEAR.get(model.dtype, NEAR[torch.float32])
+    return _agree(packed[MIDDLE], among_others[MIDDLE], SAME) and _agree(packed, alone, near)
+
+
+def _example_batch(model, around: int) -> Batch:
+    """Three examples, of which the first and the last follow a seed."""
+    ids, others = (
+        torch.randint(
+            embedding_rows(model), (sum(LENGTHS),), generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (0, around)
+    )
+    others[MIDDLE] = ids[MIDDLE]
+    batch = {"input_ids": others, "labels": others, "lengths": torch.tensor(LENGTHS)}
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()
-def _logits(model, one_by_one: bool, kernel: bool) -> torch.Tensor:
+def _logits(model, kernel: bool, one_by_one: bool = False, around: int = 0) -> torch.Tensor:
     """Logits of every position, ``(N, vocabulary)`` float32."""
     was_training = model.training
     model.eval()
     parts = []
-    for batch in split(_example_batch(model), 1 if one_by_one else sum(LENGTHS)):
+    for batch in split(_example_batch(model, around), 1 if one_by_one else sum(LENGTHS)):
         positions = torch.arange(len(batch["input_ids"]), device=model.device)
         try:
             output = model(**model_inputs(batch, kernel), logits_to_keep=positions)
@@ -91,9 +112,9 @@ def _logits(model, one_by_one: bool, kernel: bool) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _agree(packed: torch.Tensor, alone: torch.Tensor) -> bool:
-    """Equal but for rounding, which in 16 bits is far below what another example would change."""
-    exact = packed.dtype == torch.float32 and alone.abs().max() > 0
+def _agree(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether every row of logits is the expected one, to a share of its norm."""
+    exact = found.dtype == torch.float32 and expected.abs().max() > 0
     assert exact, "the logits are not float32, or all zero"
-    difference = (packed - alone).norm(dim=-1) / alone.norm(dim=-1).clamp(min=1e-12)
-    return bool(difference.max() < 0.02)
+    difference = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-12)
+    return bool(difference.max() < tolerance)
