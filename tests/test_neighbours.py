@@ -6,9 +6,9 @@ from torch import nn
 from tinyllm.neighbours import (
     below_each_other,
     beside_each_other,
-    empty_like,
     in_known_rows,
     lay_below,
+    with_empty,
 )
 
 
@@ -52,11 +52,12 @@ def test_parts_beside_each_other():
 def test_empty_ones_lie_as_the_parts_do():
     columns = torch.zeros(3, 13, dtype=torch.bfloat16).split([8, 5], 1)
     parts = (columns[0].unflatten(1, (2, 4)), columns[1])
-    found = empty_like(*in_known_rows(*parts))
+    same, found = with_empty(*parts)
+    assert all(a is b for a, b in zip(same, parts, strict=True))
     assert beside_each_other(found).shape == (3, 13) and found[0].dtype == torch.bfloat16
     assert [p.shape for p in found] == [p.shape for p in parts]
     apart = in_known_rows(columns[1], columns[1])
     assert all(p.is_contiguous() for p in apart)
-    assert all(p.is_contiguous() for p in empty_like(*apart))
-    none = empty_like(*torch.zeros(0, 5).split([2, 3], 1))
-    assert none[1].shape == (0, 3)
+    assert all(p.is_contiguous() for both in with_empty(columns[1], columns[1]) for p in both)
+    none = with_empty(*torch.zeros(0, 5).split([2, 3], 1))
+    assert none[1][1].shape == (0, 3)

@@ -18,7 +18,8 @@ base is in bfloat16, else from ``lora_by_torch.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class LoraLinears(torch.autograd.Function):
         layers = range(len(dropouts))
         downs, ups = adapters[: len(layers)], adapters[len(layers) :]
         # a lone output stays the whole tensor: others may change it in place, as no view may be
-        outputs = joint.split([len(up) for up in ups], 1) if len(layers) > 1 else (joint,)
+        outputs = joint.split_with_sizes(_widths(ups), 1) if len(ups) > 1 else (joint,)
         ctx.dropouts, ctx.scales = dropouts, scales
         ctx.compiled = [compiled.takes(x, downs[i], ups[i]) for i in layers]
         lows = [
@@ -66,11 +67,11 @@ class LoraLinears(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         size = len(grads)
         downs, ups, lows = (rest[i : i + size] for i in (0, size, 2 * size))
-        joint = beside_each_other(grads)
+        joint = beside_each_other(grads) if size > 1 else grads[0].contiguous()
         if joint is None:
-            joint = torch.cat(grads, 1) if size > 1 else grads[0].contiguous()
+            joint = torch.cat(grads, 1)
         grad_x = joint @ weight if ctx.needs_input_grad[0] else None
-        columns = joint.split([len(up) for up in ups], 1)
+        columns = joint.split_with_sizes(_widths(ups), 1)
         found = [
             _part(ctx.compiled[i]).add_backward(
                 x, downs[i], ups[i], lows[i], columns[i], grad_x, ctx.dropouts[i], ctx.scales[i]
@@ -80,46 +81,67 @@ class LoraLinears(torch.autograd.Function):
         return grad_x, None, None, None, None, *(a for a, _ in found), *(b for _, b in found)
 
 
+def _widths(ups: Sequence[torch.Tensor]) -> list[int]:
+    """Of the outputs of layers with these ``B_i`` (out_i, r_i)."""
+    return [up.shape[0] for up in ups]
+
+
 def _part(is_compiled: bool):
     """The module that computes what an adapter adds."""
     return compiled if is_compiled else by_torch
+
+
+class Part(NamedTuple):
+    """A layer with LoRA: ``W`` (out, in) and bias, ``A`` (r, in), ``B`` (out, r), the rate of dropout, and what
+    the adapter's output is multiplied with where something is dropped.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    down: torch.nn.Parameter
+    up: torch.nn.Parameter
+    p: float
+    scale: float
 
 
 class FastLoraLinear(PeftLinear):
     """peft's LoRA layer with the forward above where it applies."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if args or kwargs or not self._is_plain(x):
+        part = None if args or kwargs else self.taken_apart(x)
+        if part is None:
             return super().forward(x, *args, **kwargs)
-        return _outputs(x, Joined(self.base_layer.weight, self.base_layer.bias, (self,)))[0]
+        return _outputs(x, Joined(part.weight, part.bias, [part]))[0]
 
-    @property
-    def name(self) -> str:
-        """Of the adapter that is used."""
-        return self.active_adapters[0]
-
-    def can_be_joined(self, x: torch.Tensor) -> bool:
-        """Whether nothing but the forward above happens when the layer is called."""
-        return self._is_plain(x) and not has_hooks(self)
-
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        """Training one ordinary adapter on a frozen, unmerged linear layer, on a CPU.
+    def taken_apart(self, x: torch.Tensor) -> Part | None:
+        """The tensors of one ordinary adapter that is trained on a frozen, unmerged linear layer on a CPU;
+        None for anything else.
 
         With gradients off, too: a checkpointed layer is first run without them, and must draw the
         same dropout as when it is run again for its gradients.
         """
-        return (
-            self.training
-            and x.device.type == "cpu"
-            and not torch.is_autocast_enabled("cpu")  # chooses the dtype of each product itself
-            and len(self.active_adapters) == 1
-            and self.name in self.lora_A
-            and not (self.disable_adapters or self.merged or self.lora_variant)
-            and type(self.base_layer) is nn.Linear
-            and not self.base_layer.weight.requires_grad
-            and not (self.base_layer.bias is not None and self.base_layer.bias.requires_grad)
-            and not self.lora_bias[self.name]
-        )
+        autocast = torch.is_autocast_enabled("cpu")  # chooses the dtype of each product itself
+        if not self.training or autocast or not x.is_cpu or self.disable_adapters or self.merged:
+            return None
+        names, modules = (
+            self.active_adapters,
+            self._modules,
+        )  # looked up so, since attributes are slow
+        base, downs = modules["base_layer"], modules["lora_A"]._modules
+        if (
+            type(base) is not nn.Linear
+            or len(names) != 1
+            or names[0] not in downs
+            or self.lora_variant
+        ):
+            return None
+        name, weight, bias = names[0], base._parameters["weight"], base._parameters["bias"]
+        frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        if not frozen or self.lora_bias[name]:
+            return None
+        p = getattr(modules["lora_dropout"]._modules[name], "p", 0.0)
+        up = modules["lora_B"]._modules[name]
+        return Part(weight, bias, downs[name].weight, up.weight, p, self.scaling[name] / (1.0 - p))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -132,38 +154,40 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(NamedTuple):
     """Layers that read one input, as one product: ``W_i`` (out_i, in) below each other, as their biases."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    layers: tuple[FastLoraLinear, ...]
+    parts: list[Part]
 
     def how(self) -> tuple:
         """Inputs of :class:`LoraLinears` between ``x`` and the adapters; dropout is drawn here."""
-        rates = [getattr(one.lora_dropout[one.name], "p", 0.0) for one in self.layers]
-        scales = [
-            one.scaling[one.name] / (1.0 - p) for one, p in zip(self.layers, rates, strict=True)
-        ]
-        return self.weight, self.bias, [Dropout(p) if p else None for p in rates], scales
+        dropouts = [Dropout(part.p) if part.p else None for part in self.parts]
+        return self.weight, self.bias, dropouts, [part.scale for part in self.parts]
 
-    def adapters(self) -> tuple[torch.nn.Parameter, ...]:
+    def adapters(self) -> list[torch.nn.Parameter]:
         """The A_i of all layers, and then their B_i."""
-        down = [one.lora_A[one.name].weight for one in self.layers]
-        return *down, *(one.lora_B[one.name].weight for one in self.layers)
+        return [part.down for part in self.parts] + [part.up for part in self.parts]
 
 
 def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
     """Layers that are plain for ``x`` and whose weights lie below each other, as one layer's do."""
-    if not all(type(layer) is FastLoraLinear and layer.can_be_joined(x) for layer in layers):
+    parts = []
+    for layer in layers:
+        part = None
+        if type(layer) is FastLoraLinear and not has_hooks(layer):
+            part = layer.taken_apart(x)
+        if part is None:
+            return None
+        parts.append(part)
+    if len(parts) == 1:
+        return Joined(part.weight, part.bias, parts)
+    weight = below_each_other([part.weight for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
+    if weight is None or len(biases) not in (0, len(parts)):
         return None
-    bases = [layer.base_layer for layer in layers]
-    weight = below_each_other([base.weight for base in bases])
-    biases = [base.bias for base in bases if base.bias is not None]
-    if weight is None or len(biases) not in (0, len(bases)):
-        return None
-    return Joined(weight, torch.cat(biases) if biases else None, layers)
+    return Joined(weight, torch.cat(biases) if biases else None, parts)
 
 
 def project(x: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:

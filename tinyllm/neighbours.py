@@ -7,7 +7,6 @@ Whether they do is looked up in the tensors themselves, so that nothing goes sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -30,9 +29,9 @@ def beside_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     one storage; None if they are elsewhere.
     """
     first, end = tensors[0], tensors[0].storage_offset()
-    total = sum(math.prod(tensor.shape[1:]) for tensor in tensors)
+    total = sum(tensor.shape[1:].numel() for tensor in tensors)
     for tensor in tensors:
-        width = math.prod(tensor.shape[1:])
+        width = tensor.shape[1:].numel()
         if not _same_kind(tensor, first) or len(tensor) != len(first):
             return None
         if tensor.stride() != (total, *_dense(tensor.shape[1:])) or tensor.storage_offset() != end:
@@ -46,14 +45,14 @@ def in_known_rows(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return parts if beside_each_other(parts) is not None else tuple(p.contiguous() for p in parts)
 
 
-def empty_like(*parts: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors that lie as these do, which are :func:`in_known_rows`."""
+def with_empty(*parts: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+    """The parts :func:`in_known_rows`, and empty tensors that lie as they do."""
     joint = beside_each_other(parts)
     if joint is None:
-        return [torch.empty_like(part) for part in parts]
-    widths = [math.prod(part.shape[1:]) for part in parts]
-    columns = torch.empty_like(joint).split(widths, 1)
-    return [one.unflatten(1, part.shape[1:]) for one, part in zip(columns, parts, strict=True)]
+        parts = tuple(part.contiguous() for part in parts)
+        return parts, [torch.empty_like(part) for part in parts]
+    columns = torch.empty_like(joint).split_with_sizes([p.shape[1:].numel() for p in parts], 1)
+    return parts, [one.view(part.shape) for one, part in zip(columns, parts, strict=True)]
 
 
 def lay_below(parameters: Sequence[torch.nn.Parameter]) -> None:

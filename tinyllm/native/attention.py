@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
-from tinyllm.neighbours import empty_like, in_known_rows
+from tinyllm.neighbours import in_known_rows, with_empty
 
 SOURCE = Path(__file__).with_name("attention.c")
 HEADERS = code.headers_of(SOURCE, "tiles", "numbers", "vectors")
@@ -81,8 +81,8 @@ class PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         tensors = ctx.saved_tensors  # a checkpointed layer allows to ask once
-        parts, grad = in_known_rows(*tensors[:3]), grad.contiguous()
-        tensors, grads = (*parts, *tensors[3:]), empty_like(*parts)
+        parts, grads = with_empty(*tensors[:3])
+        tensors, grad = (*parts, *tensors[3:]), grad.contiguous()
         named = dict(zip(("dq", "dk", "dv"), grads, strict=True), grad=grad)
         library().attention_backward(_call(tensors, ctx.scale, **named))
         return *grads, None, None, None, None

@@ -16,6 +16,7 @@ from tinyllm.native import code
 SOURCE = Path(__file__).with_name("lora.c")
 HEADERS = code.headers_of(SOURCE, "draws", "pairs", "threads", "numbers", "vectors")
 LANES = 16  # the low rows are filled up to a multiple of it
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 DECIDED, PAIR = 4, 2  # numbers that one random number decides, and that are multiplied together
 
 
@@ -44,10 +45,12 @@ def library() -> ctypes.CDLL | None:
 def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
     """Whether the code reads these: bfloat16 inputs beside a float32 adapter, in widths it knows."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
+        x.dtype == torch.bfloat16
         and lora_a.dtype == lora_b.dtype == torch.float32
-        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, lora_a, lora_b))
+        and x.is_cpu
+        and type(x) in PLAIN
+        and type(lora_a) in PLAIN
+        and type(lora_b) in PLAIN
         and x.is_contiguous()
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()
@@ -70,9 +73,11 @@ def add_forward(x, lora_a, lora_b, y, dropout, scale: float) -> torch.Tensor:
     Returns:
         ``dropout(x) Aᵀ`` for the backward pass, ``(N, r filled up)`` bfloat16.
     """
-    rank = -(-len(lora_a) // LANES) * LANES
-    low = torch.empty(len(x), rank, dtype=x.dtype)
-    library().lora_forward(_call(scale, dropout, y, x=x, a=lora_a, b=lora_b, low=low, y=y))
+    rank = -(-lora_a.shape[0] // LANES) * LANES
+    low = torch.empty(x.shape[0], rank, dtype=x.dtype)
+    call = _call(x, lora_a, lora_b, low, y, dropout, scale)
+    call.y = y.data_ptr()
+    library().lora_forward(call)
     return low
 
 
@@ -87,19 +92,22 @@ def add_backward(x, lora_a, lora_b, low, grad, dx, dropout, scale: float):
         ``(dA, dB)`` float32.
     """
     da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
-    tensors = {"x": x, "a": lora_a, "b": lora_b, "low": low, "grad": grad, "da": da, "db": db}
-    more = {} if dx is None else {"dx": dx}
-    library().lora_backward(_call(scale, dropout, grad, **tensors, **more))
+    assert low.is_contiguous() and (dx is None or dx.is_contiguous())
+    call = _call(x, lora_a, lora_b, low, grad, dropout, scale)
+    call.grad, call.da, call.db = grad.data_ptr(), da.data_ptr(), db.data_ptr()
+    if dx is not None:
+        call.dx = dx.data_ptr()
+    library().lora_backward(call)
     return da, db
 
 
-def _call(scale: float, dropout, wide: torch.Tensor, **tensors: torch.Tensor) -> Lora:
-    """``wide`` is the one of the tensors that may be columns of a wider one."""
-    assert all(tensor.is_contiguous() or tensor is wide for tensor in tensors.values())
-    assert wide.stride(1) == 1
-    x, a, b = tensors["x"], tensors["a"], tensors["b"]
+def _call(x, lora_a, lora_b, low, wide, dropout, scale: float) -> Lora:
+    """What both ways have in common; ``wide`` is ``y`` or ``grad``."""
+    row_size, step = wide.stride()
+    assert step == 1
+    (rank, width), (rows, out) = lora_a.shape, wide.shape
+    seed, threshold = (dropout.seed, dropout.threshold) if dropout else (0, 0)
     return Lora(
-        rows=len(x), row_size=wide.stride(0), in_=a.shape[1], out=b.shape[0], rank=a.shape[0], scale=scale,
-        seed=dropout.seed if dropout else 0, threshold=dropout.threshold if dropout else 0,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        x.data_ptr(), None, lora_a.data_ptr(), lora_b.data_ptr(), low.data_ptr(), None, None, None, None,
+        rows, row_size, width, out, rank, scale, seed, threshold,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tinyllm.native import code
-from tinyllm.neighbours import empty_like, in_known_rows
+from tinyllm.neighbours import in_known_rows, with_empty
 
 SOURCE = Path(__file__).with_name("pointwise.c")
 HEADERS = code.headers_of(SOURCE, "draws", "numbers", "vectors")
@@ -151,8 +151,8 @@ class SiluGate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, up = in_known_rows(*ctx.saved_tensors)
-        grad, (d_gate, d_up) = grad.contiguous(), empty_like(gate, up)
+        (gate, up), (d_gate, d_up) = with_empty(*ctx.saved_tensors)
+        grad = grad.contiguous()
         library().gate_backward(
             grad.data_ptr(), gate.data_ptr(), up.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(),
             *grad.shape, gate.stride(0), _half(grad),
