@@ -108,6 +108,14 @@ def data_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
 
 
+def skip_without(part, request) -> None:
+    """Skip where a part of the compiled code is not there, for the kind of processor that a test is for."""
+    if "processor" in request.fixturenames:
+        request.getfixturevalue("processor")
+    if part.library() is None:
+        pytest.skip("no C compiler, or a processor that does not multiply pairs of bfloat16")
+
+
 @pytest.fixture(params=["", "-mno-avx512f", "-mno-avx2 -mno-avx512f", "-mno-avx512bf16"])
 def processor(request, tmp_path_factory, monkeypatch):
     """The compiled steps of training for several kinds of processor."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import skip_without
 
 from tinyllm.head_loss import chunk_bytes
 from tinyllm.native import head
@@ -21,10 +22,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def has_it(request):
-    if "processor" in request.fixturenames:
-        request.getfixturevalue("processor")
-    if head.library() is None:
-        pytest.skip("no C compiler, or a processor that does not multiply pairs of bfloat16")
+    skip_without(head, request)
 
 
 def make(rows, size, words, scale=1.0):

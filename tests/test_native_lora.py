@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import skip_without
 
 from tinyllm import lora_by_torch
 from tinyllm.dropout import Dropout, mask
@@ -21,10 +22,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def has_it(request):
-    if "processor" in request.fixturenames:
-        request.getfixturevalue("processor")
-    if lora.library() is None:
-        pytest.skip("no C compiler, or a processor that does not multiply pairs of bfloat16")
+    skip_without(lora, request)
 
 
 def make(rows, width, out, rank):

@@ -123,10 +123,8 @@ class FastLoraLinear(PeftLinear):
         autocast = torch.is_autocast_enabled("cpu")  # chooses the dtype of each product itself
         if not self.training or autocast or not x.is_cpu or self.disable_adapters or self.merged:
             return None
-        names, modules = (
-            self.active_adapters,
-            self._modules,
-        )  # looked up so, since attributes are slow
+        modules = self._modules  # looked up so, since a module's attributes are slow
+        names = self.active_adapters
         base, downs = modules["base_layer"], modules["lora_A"]._modules
         if (
             type(base) is not nn.Linear

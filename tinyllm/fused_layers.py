@@ -36,6 +36,7 @@ class FusedNorm(nn.Module):
         return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
     def is_plain(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the compiled step computes it: frozen, of a type that it knows."""
         return not self.weight.requires_grad and _suits(hidden_states, self.weight)
 
 
@@ -61,10 +62,13 @@ class FusedAttention(nn.Module):
         assert q.dtype == k.dtype == v.dtype == hidden_states.dtype
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
-        starts = kwargs["cu_seq_lens_q"]
-        attended = PackedAttention.apply(q, k, v, cos, sin, starts, self.scaling)
+        attended = PackedAttention.apply(q, k, v, *self.attend_with(kwargs))
         return self.o_proj(attended.flatten(1))[None], None
+
+    def attend_with(self, kwargs: dict) -> tuple:
+        """What :class:`PackedAttention` takes behind queries, keys and values."""
+        cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
+        return cos, sin, kwargs["cu_seq_lens_q"], self.scaling
 
     def _is_plain(self, hidden_states: torch.Tensor, kwargs: dict) -> bool:
         """Decided before anything is projected, for that must not be done twice."""
@@ -112,8 +116,7 @@ class FusedLayer(nn.Module):
         ]
         if None in linears or not pointwise.fills_vectors(linears[3].weight):
             return None
-        cos, sin = (angles[0] for angles in kwargs["position_embeddings"])
-        attend = (cos, sin, kwargs["cu_seq_lens_q"], attention.scaling)
+        attend = attention.attend_with(kwargs)
         kinds = [Norm(m.weight, m.variance_epsilon) for m in norms]
         return LayerParts(*kinds[:2], tuple(kinds[2:]), attention.head_dim, attend, *linears)
 

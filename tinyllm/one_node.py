@@ -133,8 +133,9 @@ def _attention_back(steps: Steps, grad: torch.Tensor, needs_input: bool):
     grad_out, of_out = _linear_back(steps, "out", grad)
     heads = steps.tensors[steps.by_name["attention"].place][0].shape
     grads = list(steps.back("attention", grad_out.view(heads))[:3])
-    for number in range(sum(name.startswith("head norm") for name in steps.by_name)):
-        grads[number] = steps.back(f"head norm {number}", grads[number])[0]
+    for number, one in enumerate(grads):
+        if (name := f"head norm {number}") in steps.by_name:
+            grads[number] = steps.back(name, one)[0]
     grad_normed, of_qkv = _linear_back(steps, "qkv", *(g.flatten(1) for g in grads))
     grad_x = steps.back("first norm", grad_normed)[0].add_(grad) if needs_input else None
     return grad_x, (*of_qkv, *of_out)

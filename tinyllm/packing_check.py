@@ -50,12 +50,13 @@ def choose_packing(model) -> Packing:
     kernel = use_packed_attention(model)
     if implementation.startswith("flash_attention") or _is_scattered(model):
         return Packing(kernel)  # cannot be run here: not on this device yet, or in pieces
-    if kernel and _is_right(model, kernel=True):
+    alone = _logits(model, kernel=False, one_by_one=True)
+    if kernel and _is_right(model, True, alone):
         return Packing(kernel=True)
     if kernel:
         model.set_attn_implementation(implementation)
     name = model.config.model_type
-    if _is_right(model, kernel=False):
+    if _is_right(model, False, alone):
         why = f"{name}: its attention ({implementation}) is fed packed rows through a mask: slower"
         return Packing(kernel=False, why=why)
     why = f"{name}: examples in one row would see each other, so each is run alone: slower"
@@ -68,11 +69,10 @@ def _is_scattered(model) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _is_right(model, kernel: bool) -> bool:
-    """Whether examples in one row see nothing of each other."""
+def _is_right(model, kernel: bool, alone: torch.Tensor) -> bool:
+    """Whether examples in one row see nothing of each other; ``alone`` are each one's own logits."""
     packed = _logits(model, kernel)
     among_others = _logits(model, kernel, around=1)
-    alone = _logits(model, kernel=False, one_by_one=True)
     near = NEAR.get(model.dtype, NEAR[torch.float32])
     return _agree(packed[MIDDLE], among_others[MIDDLE], SAME) and _agree(packed, alone, near)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tinyllm.native import code
-from tinyllm.native.pointwise import words_among
+from tinyllm.native.pointwise import WITH_MEMORY, words_among
 
 SOURCE = Path(__file__).with_name("head.c")
 HEADERS = code.headers_of(SOURCE, "pairs", "threads", "numbers", "vectors")
@@ -44,7 +44,7 @@ def takes(*tensors: torch.Tensor) -> bool:
     """Whether the code reads these, hidden states or a head: bfloat16 in an even width."""
     return (
         all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
-        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and all(type(t) in WITH_MEMORY for t in tensors)
         and all(t.is_contiguous() and t.shape[1] % PAIR == 0 for t in tensors)
         and library() is not None
     )

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from tinyllm.native import code
+from tinyllm.native.pointwise import WITH_MEMORY
 
 SOURCE = Path(__file__).with_name("lora.c")
 HEADERS = code.headers_of(SOURCE, "draws", "pairs", "threads", "numbers", "vectors")
 LANES = 16  # the low rows are filled up to a multiple of it
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 DECIDED, PAIR = 4, 2  # numbers that one random number decides, and that are multiplied together
 
 
@@ -48,9 +48,9 @@ def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
         x.dtype == torch.bfloat16
         and lora_a.dtype == lora_b.dtype == torch.float32
         and x.is_cpu
-        and type(x) in PLAIN
-        and type(lora_a) in PLAIN
-        and type(lora_b) in PLAIN
+        and type(x) in WITH_MEMORY
+        and type(lora_a) in WITH_MEMORY
+        and type(lora_b) in WITH_MEMORY
         and x.is_contiguous()
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()

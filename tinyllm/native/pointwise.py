@@ -19,6 +19,7 @@ from tinyllm.neighbours import in_known_rows, with_empty
 SOURCE = Path(__file__).with_name("pointwise.c")
 HEADERS = code.headers_of(SOURCE, "draws", "numbers", "vectors")
 TYPES = (torch.float32, torch.bfloat16)
+WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)  # other classes may have none, or not their own
 POINTER, NUMBER, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 ARGUMENTS = {
     "keep": [POINTER, POINTER, NUMBER, ctypes.c_uint64, ctypes.c_uint32, INT],
@@ -44,7 +45,7 @@ def takes(*tensors: torch.Tensor) -> bool:
         first.device.type == "cpu"
         and first.dtype in TYPES
         and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)  # with memory
+        and all(type(t) in WITH_MEMORY for t in tensors)
         and library() is not None
     )
 
