@@ -43,8 +43,8 @@ def test_the_formula(processor, shape, p):
     expected_y = y.double() + scale * low @ exact_b.T
     expected_dx = dx.double() + kept * (grad_low @ exact_a)
 
-    found_low = lora.add_forward(x, a, b, y, dropout, scale)
-    da, db = lora.add_backward(x, a, b, found_low, grad, dx, dropout, scale)
+    (found_low,) = lora.add_forward(x, [a], [b], [y], [dropout], [scale])
+    ((da, db),) = lora.add_backward(x, [a], [b], [found_low], [grad], dx, [dropout], [scale])
     rank = len(a)
     rounding = {"atol": 5e-2, "rtol": 1e-2}  # of bfloat16, once
     assert not found_low[:, rank:].any()
@@ -62,8 +62,8 @@ def test_pytorchs_products_agree(monkeypatch, p):
     dropout, results = Dropout(p) if p else None, []
     for part in (lora, lora_by_torch):
         own_y, own_dx = y.clone(), dx.clone()
-        low = part.add_forward(x, a, b, own_y, dropout, 0.5)
-        gradients = part.add_backward(x, a, b, low, grad, own_dx, dropout, 0.5)
+        lows = part.add_forward(x, [a], [b], [own_y], [dropout], [0.5])
+        (gradients,) = part.add_backward(x, [a], [b], lows, [grad], own_dx, [dropout], [0.5])
         results.append([own_y.float(), own_dx.float(), *gradients])
     for found, expected in zip(*results, strict=True):
         assert (found - expected).norm() < 1e-2 * expected.norm()
@@ -71,18 +71,50 @@ def test_pytorchs_products_agree(monkeypatch, p):
 
 def test_where_nothing_reaches_the_input_nothing_is_added():
     x, _, grad, _, a, b = make(9, 32, 32, 4)
-    low = lora.add_forward(x, a, b, torch.zeros(9, 32, dtype=x.dtype), None, 1.0)
-    with_dx = lora.add_backward(x, a, b, low, grad, torch.zeros_like(x), None, 1.0)
-    without = lora.add_backward(x, a, b, low, grad, None, None, 1.0)
+    lows = lora.add_forward(x, [a], [b], [torch.zeros(9, 32, dtype=x.dtype)], [None], [1.0])
+    (with_dx,) = lora.add_backward(x, [a], [b], lows, [grad], torch.zeros_like(x), [None], [1.0])
+    (without,) = lora.add_backward(x, [a], [b], lows, [grad], None, [None], [1.0])
     assert all(torch.equal(i, j) for i, j in zip(with_dx, without, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 9, 70, 200])
+def test_layers_with_one_input_are_as_one_after_the_other(processor, rows):
+    shapes = [(rows, 64, out, rank) for out, rank in ((96, 8), (32, 8), (34, 20))]
+    x, _, _, dx, _, _ = make(*shapes[0])
+    parts = [make(*shape) for shape in shapes]
+    ys, grads, downs, ups = ([part[i] for part in parts] for i in (1, 2, 4, 5))
+    drops, scales = [Dropout(0.3), None, Dropout(0.1)], [0.5, 1.0, 2.0]
+    together, alone = [y.clone() for y in ys], [y.clone() for y in ys]
+    dx_together, dx_alone = dx.clone(), dx.clone()
+
+    lows = lora.add_forward(x, downs, ups, together, drops, scales)
+    found = lora.add_backward(x, downs, ups, lows, grads, dx_together, drops, scales)
+    for i, (low, (da, db)) in enumerate(zip(lows, found, strict=True)):
+        one = [[of[i]] for of in (downs, ups, alone, drops, scales)]
+        (expected,) = lora.add_forward(x, *one)
+        assert torch.equal(low, expected)
+        one[2] = [grads[i]]
+        ((own_da, own_db),) = lora.add_backward(x, *one[:2], [low], one[2], dx_alone, *one[3:])
+        assert torch.equal(da, own_da) and torch.equal(db, own_db)
+    assert torch.equal(dx_together, dx_alone)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("part", [lora, lora_by_torch])
+def test_what_comes_past_the_layer_is_added_to_its_output(part):
+    x, y, _, _, a, b = make(37, 64, 36, 8)
+    past, with_past, without = torch.randn(37, 36).bfloat16(), y.clone(), y.clone()
+    part.add_forward(x, [a], [b], [without], [None], [0.5])
+    part.add_forward(x, [a], [b], [with_past], [None], [0.5], past)
+    assert torch.equal(with_past, without + past)
 
 
 def test_broken_numbers_stay_broken():
     for value in (float("nan"), float("inf")):
         x, y, grad, dx, a, b = make(9, 32, 32, 4)
         x[3, 5] = grad[4, 6] = value
-        low = lora.add_forward(x, a, b, y, None, 1.0)
-        da, db = lora.add_backward(x, a, b, low, grad, dx, None, 1.0)
+        lows = lora.add_forward(x, [a], [b], [y], [None], [1.0])
+        ((da, db),) = lora.add_backward(x, [a], [b], lows, [grad], dx, [None], [1.0])
         assert not y[3].isfinite().all() and not dx[4].isfinite().all()
         assert not da.isfinite().all() and not db.isfinite().all()
 

@@ -26,7 +26,7 @@ from tinyllm.fused_layers import (
 from tinyllm.native import attention, head, lora, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
-from tinyllm.one_node import DecoderLayer
+from tinyllm.one_node import DecoderLayer, Step
 
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -107,6 +107,28 @@ def added(drop, y, x):
     total = y.clone()
     drop.add(total, x.clone())
     return total
+
+
+def test_however_many_are_drawn_at_a_time_they_are_the_same():
+    torch.manual_seed(0)
+    one_by_one = [Dropout(0.1).seed for _ in range(5)]
+    torch.manual_seed(0)
+    found = (
+        dropout.dropouts([0.1, 0.0, 0.2]) + dropout.dropouts([0.1]) + dropout.dropouts([0.5, 0.5])
+    )
+    assert found[1] is None and [drop.seed for drop in found if drop] == one_by_one
+    assert found[2].threshold == Dropout(0.2).threshold and len(set(one_by_one)) == 5
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [16, 20, 33])
+def test_what_comes_past_a_norm_is_added_to_its_gradient(processor, dtype, size):
+    torch.manual_seed(0)
+    x, weight, grad, past = (torch.randn(n, size).to(dtype) for n in (300, 1, 300, 300))
+    context = Step(RmsNorm, True)
+    RmsNorm.forward(context, x, weight[0], 1e-5)
+    alone = RmsNorm.backward(context, grad)[0]
+    assert torch.equal(RmsNorm.backward(context, grad, past)[0], alone + past)
 
 
 def test_without_a_compiler_the_same_is_dropped(monkeypatch):

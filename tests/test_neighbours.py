@@ -36,6 +36,17 @@ def test_other_types_and_widths_are_no_neighbours():
     assert below_each_other([memory.view(4, 3)[:, :2], memory.view(4, 3)[:, :2]]) is None
 
 
+def test_what_only_happens_to_follow_in_memory_is_no_neighbour():
+    memory = bytearray(4 * 24)
+    one, other = (
+        torch.frombuffer(memory, dtype=torch.float32, count=12, offset=at) for at in (0, 48)
+    )
+    assert one.data_ptr() + 48 == other.data_ptr()
+    assert below_each_other([one.view(3, 4), other.view(3, 4)]) is None
+    parts = [one.view(1, 12), other.view(1, 12)]
+    assert beside_each_other([p.as_strided((1, 12), (24, 1)) for p in parts]) is None
+
+
 def test_parts_beside_each_other():
     whole = torch.randn(5, 20)
     parts = whole.split([8, 4, 8], 1)

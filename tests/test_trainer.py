@@ -112,6 +112,8 @@ def test_every_step_equals_the_naive_reference(tokenizer, base_folder, data_file
         n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad
     }
     assert_same(trained, adapter)
+    assert not any(p.grad is not None for p in trainer.model.parameters())
+    assert "zero_grad" not in vars(trainer.model)  # the model's own again
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -9,6 +9,8 @@ needed; without a compiler NumPy draws the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -24,9 +26,9 @@ class Dropout:
     rounded to a multiple of 1/65536.  What is kept is not scaled.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, seed: int | None = None) -> None:
         self.threshold = min(round(p * LANE_VALUES), LANE_VALUES - 1)
-        self.seed = int(torch.empty((), dtype=torch.int64).random_(-(1 << 63), None)) % (1 << 64)
+        self.seed = drawn_seeds(1)[0] if seed is None else seed
         self.mask: torch.Tensor | None = None  # only without the compiled code
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,6 +48,18 @@ class Dropout:
         if self.mask is None:
             self.mask = mask(shape, self.seed, self.threshold)
         return self.mask
+
+
+def dropouts(rates: Sequence[float]) -> list[Dropout | None]:
+    """One for each rate, None where that is 0."""
+    seeds = iter(drawn_seeds(sum(p > 0 for p in rates)))
+    return [Dropout(p, next(seeds)) if p else None for p in rates]
+
+
+def drawn_seeds(number: int) -> list[int]:
+    """From PyTorch's generator; the same however many are drawn at a time."""
+    drawn = torch.empty(number, dtype=torch.int64).random_(-(1 << 63), None)
+    return [seed % (1 << 64) for seed in drawn.tolist()]
 
 
 def mask(shape: torch.Size, seed: int, threshold: int) -> torch.Tensor:

@@ -22,42 +22,41 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from tinyllm import lora_by_torch as by_torch
-from tinyllm.dropout import Dropout
+from tinyllm.dropout import dropouts
 from tinyllm.native import lora as compiled
 from tinyllm.neighbours import below_each_other, beside_each_other, lay_below
+from tinyllm.packed_weights import PackedWeight, can_pack, linear, linear_back
+
+NOT_ADAPTERS = 6  # inputs of LoraLinears between x and the adapters
 
 
 class LoraLinears(torch.autograd.Function):
     """``x W_iᵀ + b_i + scale_i · dropout_i(x) A_iᵀ B_iᵀ`` of some layers i, with frozen ``W_i``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, dropouts, scales, *adapters):
+    def forward(ctx, x, past, weight, packed, bias, dropouts, scales, *adapters):
         """``x`` (N, in) → (N, out_i) of each layer, beside each other in memory.
 
         Args:
+            past: (N, out), added to what a single layer gives, or None.  It is not differentiated.
             weight: the layers' W_i (out_i, in) below each other, as ``bias`` (or None).
-            dropouts: of each layer a :class:`Dropout` or None.
+            packed: the same weight, laid out for its products, or None.
+            dropouts: of each layer a :class:`tinyllm.dropout.Dropout` or None.
             adapters: the A_i (r_i, in) of all layers, and then their B_i (out_i, r_i).
         """
-        joint = F.linear(x, weight, bias)
-        layers = range(len(dropouts))
-        downs, ups = adapters[: len(layers)], adapters[len(layers) :]
+        joint = linear(x, weight, bias, packed)
+        downs, ups = adapters[: len(scales)], adapters[len(scales) :]
         # a lone output stays the whole tensor: others may change it in place, as no view may be
         outputs = joint.split_with_sizes(_widths(ups), 1) if len(ups) > 1 else (joint,)
-        ctx.dropouts, ctx.scales = dropouts, scales
-        ctx.compiled = [compiled.takes(x, downs[i], ups[i]) for i in layers]
-        lows = [
-            _part(ctx.compiled[i]).add_forward(
-                x, downs[i], ups[i], outputs[i], dropouts[i], scales[i]
-            )
-            for i in layers
-        ]
+        ctx.packed, ctx.dropouts, ctx.scales = packed, dropouts, scales
+        known = all(map(compiled.takes, [x] * len(ups), downs, ups))
+        ctx.native = compiled if known else by_torch
+        lows = ctx.native.add_forward(x, downs, ups, outputs, dropouts, scales, past)
         ctx.save_for_backward(x, weight, *adapters, *lows)
         return outputs
 
@@ -70,25 +69,17 @@ class LoraLinears(torch.autograd.Function):
         joint = beside_each_other(grads) if size > 1 else grads[0].contiguous()
         if joint is None:
             joint = torch.cat(grads, 1)
-        grad_x = joint @ weight if ctx.needs_input_grad[0] else None
+        grad_x = linear_back(joint, weight, ctx.packed) if ctx.needs_input_grad[0] else None
         columns = joint.split_with_sizes(_widths(ups), 1)
-        found = [
-            _part(ctx.compiled[i]).add_backward(
-                x, downs[i], ups[i], lows[i], columns[i], grad_x, ctx.dropouts[i], ctx.scales[i]
-            )
-            for i in range(size)
-        ]
-        return grad_x, None, None, None, None, *(a for a, _ in found), *(b for _, b in found)
+        found = ctx.native.add_backward(
+            x, downs, ups, lows, columns, grad_x, ctx.dropouts, ctx.scales
+        )
+        return grad_x, *[None] * NOT_ADAPTERS, *(a for a, _ in found), *(b for _, b in found)
 
 
 def _widths(ups: Sequence[torch.Tensor]) -> list[int]:
     """Of the outputs of layers with these ``B_i`` (out_i, r_i)."""
     return [up.shape[0] for up in ups]
-
-
-def _part(is_compiled: bool):
-    """The module that computes what an adapter adds."""
-    return compiled if is_compiled else by_torch
 
 
 class Part(NamedTuple):
@@ -107,11 +98,25 @@ class Part(NamedTuple):
 class FastLoraLinear(PeftLinear):
     """peft's LoRA layer with the forward above where it applies."""
 
+    packed: PackedWeight | None = None  # of this layer, and those that are joined to it
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         part = None if args or kwargs else self.taken_apart(x)
         if part is None:
             return super().forward(x, *args, **kwargs)
-        return _outputs(x, Joined(part.weight, part.bias, [part]))[0]
+        return _outputs(x, _alone(self, part))[0]
+
+    def merge(self, *args, **kwargs) -> None:
+        super().merge(*args, **kwargs)
+        self._weight_changed()
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self._weight_changed()
+
+    def _weight_changed(self) -> None:
+        """Count a change of the weight, which peft makes behind autograd's back."""
+        torch.autograd.graph.increment_version(self.get_base_layer().weight)
 
     def taken_apart(self, x: torch.Tensor) -> Part | None:
         """The tensors of one ordinary adapter that is trained on a frozen, unmerged linear layer on a CPU;
@@ -156,13 +161,14 @@ class Joined(NamedTuple):
     """Layers that read one input, as one product: ``W_i`` (out_i, in) below each other, as their biases."""
 
     weight: torch.Tensor
+    packed: PackedWeight | None
     bias: torch.Tensor | None
     parts: list[Part]
 
     def how(self) -> tuple:
-        """Inputs of :class:`LoraLinears` between ``x`` and the adapters; dropout is drawn here."""
-        dropouts = [Dropout(part.p) if part.p else None for part in self.parts]
-        return self.weight, self.bias, dropouts, [part.scale for part in self.parts]
+        """Inputs of :class:`LoraLinears` from ``weight`` to the adapters; dropout is drawn here."""
+        drops = dropouts([part.p for part in self.parts])
+        return self.weight, self.packed, self.bias, drops, [part.scale for part in self.parts]
 
     def adapters(self) -> list[torch.nn.Parameter]:
         """The A_i of all layers, and then their B_i."""
@@ -180,12 +186,24 @@ def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
             return None
         parts.append(part)
     if len(parts) == 1:
-        return Joined(part.weight, part.bias, parts)
-    weight = below_each_other([part.weight for part in parts])
+        return _alone(layers[0], part)
+    weights = [part.weight for part in parts]
+    weight = below_each_other(weights)
     biases = [part.bias for part in parts if part.bias is not None]
     if weight is None or len(biases) not in (0, len(parts)):
         return None
-    return Joined(weight, torch.cat(biases) if biases else None, parts)
+    bias = torch.cat(biases) if biases else None
+    return Joined(weight, _packed(layers[0], weights), bias, parts)
+
+
+def _alone(layer: FastLoraLinear, part: Part) -> Joined:
+    return Joined(part.weight, _packed(layer, [part.weight]), part.bias, [part])
+
+
+def _packed(layer: FastLoraLinear, weights: list[torch.Tensor]) -> PackedWeight | None:
+    """What a layer has of these weights, if they are what they were."""
+    packed = layer.packed
+    return packed if packed is not None and packed.is_of(weights) else None
 
 
 def project(x: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
@@ -199,7 +217,7 @@ def project(x: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ..
 
 def _outputs(x: torch.Tensor, found: Joined) -> tuple[torch.Tensor, ...]:
     flat = x.reshape(-1, x.shape[-1])
-    outputs = LoraLinears.apply(flat, *found.how(), *found.adapters())
+    outputs = LoraLinears.apply(flat, None, *found.how(), *found.adapters())
     return tuple(y.unflatten(0, x.shape[:-1]) for y in outputs)
 
 
@@ -211,6 +229,24 @@ def lay_together(*layers: torch.nn.Module) -> None:
     alike = all(w.dtype == weights[0].dtype and w.ndim == 2 for w in weights)
     if alike and not any(w.requires_grad for w in weights) and below_each_other(weights) is None:
         lay_below(weights)
+
+
+def pack(*layers: torch.nn.Module) -> None:
+    """Lay out the frozen weights of layers that read one input for their products, together if they can be."""
+    weights = [layer.base_layer.weight for layer in layers]
+    joint = below_each_other(weights)
+    if joint is not None:
+        layers[0].packed = PackedWeight(weights, joint)
+    elif len(layers) > 1:
+        for layer in layers:
+            pack(layer)
+
+
+def can_be_packed(layer: torch.nn.Module) -> bool:
+    """Whether a layer's products gain by :func:`pack`."""
+    if type(layer) is not FastLoraLinear or type(layer.base_layer) is not nn.Linear:
+        return False
+    return can_pack(layer.base_layer.weight)
 
 
 def use_fast_lora(config) -> None:

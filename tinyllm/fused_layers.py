@@ -7,16 +7,18 @@ that the compiled code does not take goes to theirs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from tinyllm.attention import PACKED_SDPA
-from tinyllm.fast_lora import has_hooks, joined, lay_together, project
+from tinyllm.fast_lora import can_be_packed, has_hooks, joined, lay_together, pack, project
 from tinyllm.native import attention, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
 from tinyllm.one_node import DecoderLayer, LayerParts, Norm
+from tinyllm.packed_weights import MOST_BYTES
 
 # Classes of transformers whose forward is literally the one of llama.
 NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
@@ -57,13 +59,13 @@ class FusedAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         if args or not self._is_plain(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
-        projected = project(hidden_states[0], self.q_proj, self.k_proj, self.v_proj)
+        projected = project(hidden_states.squeeze(0), self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (states.unflatten(-1, (-1, self.head_dim)) for states in projected)
         assert q.dtype == k.dtype == v.dtype == hidden_states.dtype
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         attended = PackedAttention.apply(q, k, v, *self.attend_with(kwargs))
-        return self.o_proj(attended.flatten(1))[None], None
+        return self.o_proj(attended.flatten(1)).unsqueeze(0), None
 
     def attend_with(self, kwargs: dict) -> tuple:
         """What :class:`PackedAttention` takes behind queries, keys and values."""
@@ -99,7 +101,7 @@ class FusedLayer(nn.Module):
         parts = None if args else self._parts(hidden_states, kwargs)
         if parts is None:
             return super().forward(hidden_states, *args, **kwargs)
-        return DecoderLayer.apply(hidden_states[0], parts, *parts.adapters())[None]
+        return DecoderLayer.apply(hidden_states.squeeze(0), parts, *parts.adapters()).unsqueeze(0)
 
     def _parts(self, x: torch.Tensor, kwargs: dict) -> LayerParts | None:
         attention, mlp = self.self_attn, self.mlp
@@ -154,11 +156,32 @@ def use_fused_layers(model: nn.Module) -> int:
 
 def join_projections(model: nn.Module) -> None:
     """Make one product of the projections that read one input, for a model with frozen weights."""
+    for layers in _reading_one_input(model):
+        lay_together(*layers)
+
+
+def pack_projections(model: nn.Module) -> bool:
+    """Lay out the frozen weights for their products, if all of them find room in ``MOST_BYTES``.
+
+    Returns:
+        Whether it was done.
+    """
+    layers = [module for module in model.modules() if can_be_packed(module)]
+    if 2 * sum(layer.base_layer.weight.nbytes for layer in layers) > MOST_BYTES:
+        return False
+    groups = [g for g in _reading_one_input(model) if all(map(can_be_packed, g))]
+    grouped = {layer for group in groups for layer in group}
+    for group in [*groups, *((layer,) for layer in layers if layer not in grouped)]:
+        pack(*group)
+    return bool(layers)
+
+
+def _reading_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
     for module in model.modules():
         if isinstance(module, FusedAttention):
-            lay_together(module.q_proj, module.k_proj, module.v_proj)
+            yield module.q_proj, module.k_proj, module.v_proj
         elif isinstance(module, FusedMlp):
-            lay_together(module.gate_proj, module.up_proj)
+            yield module.gate_proj, module.up_proj
 
 
 def _forward_for(module: nn.Module) -> type | None:

@@ -13,22 +13,39 @@ from tinyllm.dropout import Dropout
 from tinyllm.native_bf16 import cpu_multiplies_bf16
 
 
-def add_forward(x, lora_a, lora_b, y, dropout: Dropout | None, scale: float) -> torch.Tensor:
-    """Add ``scale · dropout(x) Aᵀ Bᵀ`` to ``y`` (N, out), in place.
+def add_forward(x, downs, ups, outputs, dropouts, scales, past=None) -> list[torch.Tensor]:
+    """Add to each layer's output ``y`` (N, out) what its adapter gives, ``scale · dropout(x) Aᵀ Bᵀ``, in place;
+    and ``past`` (N, out) to that of a single layer.
 
     Returns:
-        ``dropout(x) Aᵀ``, ``(N, r)``, for the backward pass.
+        Of each layer ``dropout(x) Aᵀ``, ``(N, r)``, for the backward pass.
     """
+    layers = zip(downs, ups, outputs, dropouts, scales, strict=True)
+    lows = [_add_forward(x, *layer) for layer in layers]
+    if past is not None:
+        (output,) = outputs
+        output.add_(past)
+    return lows
+
+
+def add_backward(
+    x, downs, ups, lows, grads, dx, dropouts, scales
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients through the adapters: of each layer ``(dA, dB)`` float32; what reaches ``x`` is added to
+    ``dx`` in place, unless that is None.
+    """
+    layers = zip(downs, ups, lows, grads, dropouts, scales, strict=True)
+    return [_add_backward(x, dx, *layer) for layer in layers]
+
+
+def _add_forward(x, lora_a, lora_b, y, dropout: Dropout | None, scale: float) -> torch.Tensor:
     dtype = product_dtype(x, lora_a)
     low = F.linear(_dropped(x, dropout).to(dtype), lora_a.to(dtype))
     y.addmm_(low.to(y.dtype), lora_b.t().to(y.dtype), alpha=scale)
     return low
 
 
-def add_backward(x, lora_a, lora_b, low, grad, dx, dropout: Dropout | None, scale: float):
-    """Gradients through the adapter: ``(dA, dB)`` float32; what reaches ``x`` is added to ``dx`` in
-    place, unless that is None.
-    """
+def _add_backward(x, dx, lora_a, lora_b, low, grad, dropout: Dropout | None, scale: float):
     dtype = low.dtype
     grad = grad.to(dtype)
     grad_low = (grad @ lora_b.to(dtype)).mul_(scale)

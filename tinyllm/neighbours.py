@@ -7,6 +7,7 @@ Whether they do is looked up in the tensors themselves, so that nothing goes sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,30 +15,43 @@ import torch
 
 def below_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """``(a + b, n)`` of matrices ``(a, n)`` and ``(b, n)`` in one storage; None if they are elsewhere."""
-    first, rows, end = tensors[0], 0, tensors[0].storage_offset()
+    first, rows = tensors[0], 0
+    dtype, rest, place, size = first.dtype, first.shape[1:], first.data_ptr(), first.element_size()
     for tensor in tensors:
-        if not (_same_kind(tensor, first) and tensor.is_contiguous()):
+        if tensor.dtype != dtype or tensor.shape[1:] != rest or tensor.data_ptr() != place:
             return None
-        if tensor.shape[1:] != first.shape[1:] or tensor.storage_offset() != end:
+        if not tensor.is_contiguous():
             return None
-        rows, end = rows + len(tensor), end + tensor.numel()
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+        rows, place = rows + tensor.shape[0], place + tensor.numel() * size
+    return _within_storage(first, (rows, *rest), first.stride())
 
 
 def beside_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """``(N, a + b)`` of parts ``(N, a)`` and ``(N, b)``, or more dimensions that make ``a`` and ``b``, in
     one storage; None if they are elsewhere.
     """
-    first, end = tensors[0], tensors[0].storage_offset()
-    total = sum(tensor.shape[1:].numel() for tensor in tensors)
-    for tensor in tensors:
-        width = tensor.shape[1:].numel()
-        if not _same_kind(tensor, first) or len(tensor) != len(first):
+    first, shapes = tensors[0], [tensor.shape for tensor in tensors]
+    widths = [math.prod(shape[1:]) for shape in shapes]
+    dtype, total, place, size = first.dtype, sum(widths), first.data_ptr(), first.element_size()
+    for tensor, shape, width in zip(tensors, shapes, widths, strict=True):
+        if tensor.dtype != dtype or shape[0] != shapes[0][0] or tensor.data_ptr() != place:
             return None
-        if tensor.stride() != (total, *_dense(tensor.shape[1:])) or tensor.storage_offset() != end:
+        if tensor.stride() != (total, *_dense(shape[1:])):
             return None
-        end += width
-    return first.detach().as_strided((len(first), total), (total, 1))
+        place += width * size
+    return _within_storage(first, (shapes[0][0], total), (total, 1))
+
+
+def _within_storage(
+    first: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> torch.Tensor | None:
+    """A wider view of the storage that ``first`` is in; None if that ends before.  What has its memory
+    there is of this storage, and of no other.
+    """
+    end = first.storage_offset() + math.prod(shape)
+    if end * first.element_size() > first.untyped_storage().nbytes():
+        return None
+    return first.detach().as_strided(shape, stride)
 
 
 def in_known_rows(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -51,7 +65,7 @@ def with_empty(*parts: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], list[tor
     if joint is None:
         parts = tuple(part.contiguous() for part in parts)
         return parts, [torch.empty_like(part) for part in parts]
-    columns = torch.empty_like(joint).split_with_sizes([p.shape[1:].numel() for p in parts], 1)
+    columns = torch.empty_like(joint).split_with_sizes([math.prod(p.shape[1:]) for p in parts], 1)
     return parts, [one.view(part.shape) for one, part in zip(columns, parts, strict=True)]
 
 
@@ -60,14 +74,6 @@ def lay_below(parameters: Sequence[torch.nn.Parameter]) -> None:
     joint = torch.cat([p.data for p in parameters])
     for parameter, part in zip(parameters, joint.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
-
-
-def _same_kind(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (
-        one.dtype == other.dtype
-        and one.device == other.device
-        and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    )
 
 
 def _dense(shape: torch.Size) -> tuple[int, ...]:

@@ -7,26 +7,24 @@ follow each other without them, forwards and then backwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from tinyllm.fast_lora import Joined, LoraLinears
+from tinyllm.fast_lora import NOT_ADAPTERS, Joined, LoraLinears
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     """A frozen RMS norm: weight ``(H,)``, and what is added to the mean square."""
 
     weight: torch.Tensor
     eps: float
 
 
-@dataclass(frozen=True)
-class LayerParts:
+class LayerParts(NamedTuple):
     """What a layer computes with, all of it frozen but the adapters.
 
     Attributes:
@@ -97,9 +95,9 @@ class DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, parts: LayerParts, *adapters):
         """``x`` (N, H) → (N, H).  ``adapters`` are those of ``parts``, for autograd to see."""
-        steps = Steps()
-        attended = x + _attention(steps, x, parts, ctx.needs_input_grad[0])
-        found = attended + _mlp(steps, attended, parts)
+        steps, x = Steps(), x.contiguous()
+        attended = _attention(steps, x, parts, ctx.needs_input_grad[0])
+        found = _mlp(steps, attended, parts)
         ctx.save_for_backward(*steps.tensors)
         steps.tensors = ()
         ctx.steps = steps
@@ -119,13 +117,14 @@ class DecoderLayer(torch.autograd.Function):
 
 
 def _attention(steps: Steps, x: torch.Tensor, parts: LayerParts, needs_input: bool) -> torch.Tensor:
+    """``x + attention(norm(x))``."""
     normed = _norm(steps, "first norm", x, parts.first_norm)
     projected = _linear(steps, "qkv", normed, parts.qkv, needs_input)
     heads = [states.unflatten(1, (-1, parts.head_dim)) for states in projected]
     for number, norm in enumerate(parts.head_norms):
         heads[number] = _norm(steps, f"head norm {number}", heads[number], norm)
     attended = steps.run("attention", PackedAttention, *heads, *parts.attend)
-    return _linear(steps, "out", attended.flatten(1), parts.out)[0]
+    return _linear(steps, "out", attended.flatten(1), parts.out, past=x)[0]
 
 
 def _attention_back(steps: Steps, grad: torch.Tensor, needs_input: bool):
@@ -137,21 +136,22 @@ def _attention_back(steps: Steps, grad: torch.Tensor, needs_input: bool):
         if (name := f"head norm {number}") in steps.by_name:
             grads[number] = steps.back(name, one)[0]
     grad_normed, of_qkv = _linear_back(steps, "qkv", *(g.flatten(1) for g in grads))
-    grad_x = steps.back("first norm", grad_normed)[0].add_(grad) if needs_input else None
+    grad_x = steps.back("first norm", grad_normed, grad)[0] if needs_input else None
     return grad_x, (*of_qkv, *of_out)
 
 
 def _mlp(steps: Steps, x: torch.Tensor, parts: LayerParts) -> torch.Tensor:
+    """``x + mlp(norm(x))``."""
     normed = _norm(steps, "second norm", x, parts.second_norm)
     product = steps.run("gate", SiluGate, *_linear(steps, "gate up", normed, parts.gate_up))
-    return _linear(steps, "down", product, parts.down)[0]
+    return _linear(steps, "down", product, parts.down, past=x)[0]
 
 
 def _mlp_back(steps: Steps, grad: torch.Tensor) -> tuple[torch.Tensor, tuple]:
     """The gradients of ``y + mlp(norm(y))``'s input and of the adapters."""
     grad_product, of_down = _linear_back(steps, "down", grad)
     grad_normed, of_gate_up = _linear_back(steps, "gate up", *steps.back("gate", grad_product))
-    return steps.back("second norm", grad_normed)[0].add_(grad), (*of_gate_up, *of_down)
+    return steps.back("second norm", grad_normed, grad)[0], (*of_gate_up, *of_down)
 
 
 def _norm(steps: Steps, name: str, x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -159,13 +159,18 @@ def _norm(steps: Steps, name: str, x: torch.Tensor, norm: Norm) -> torch.Tensor:
 
 
 def _linear(
-    steps: Steps, name: str, x: torch.Tensor, layers: Joined, needs_input: bool = True
+    steps: Steps,
+    name: str,
+    x: torch.Tensor,
+    layers: Joined,
+    needs_input: bool = True,
+    past: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    inputs = (x, *layers.how(), *layers.adapters())
+    inputs = (x, past, *layers.how(), *layers.adapters())
     return steps.run(name, LoraLinears, *inputs, needs_input=needs_input)
 
 
 def _linear_back(steps: Steps, name: str, *grads: torch.Tensor):
     """The gradient of the input, and those of the adapters."""
-    grad_x, _, _, _, _, *of_adapters = steps.back(name, *grads)
-    return grad_x, tuple(of_adapters)
+    grad_x, *others = steps.back(name, *grads)
+    return grad_x, tuple(others[NOT_ADAPTERS:])

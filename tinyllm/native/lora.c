@@ -1,5 +1,5 @@
-/* The low-rank path of a linear layer in bfloat16, for processors that have pairs.h; others get nothing from this
- * file.
+/* The low-rank paths of linear layers with one input in bfloat16, for processors that have pairs.h; others get
+ * nothing from this file.  Of one layer:
  *
  *     low = (x ∘ m) Aᵀ,   y += s low Bᵀ                                                      forwards
  *     dlow = s dy B,   dB = s dyᵀ low,   dA = dlowᵀ (x ∘ m),   dx += (dlow A) ∘ m            backwards
@@ -17,6 +17,7 @@ typedef struct {
     const uint16_t *x, *grad; /* (rows, in) and, backwards, (rows, out); in a multiple of 4, out of 2 */
     const float *a, *b;       /* (rank, in) and (out, rank) */
     uint16_t *low;            /* (rows, rank rounded up to LANES) */
+    const uint16_t *past; /* (rows, out), added to y as well, or none */
     uint16_t *y, *dx;         /* (rows, out) and (rows, in), or no dx; both are added to */
     float *da, *db;           /* as a and b */
     int64_t rows, row_size; /* of y and grad, which may be parts of wider rows */
@@ -35,9 +36,10 @@ typedef struct {
     uint32_t *into, *from; /* what makes rows narrow, and what makes them wide again */
 } Packed;
 
-static Packed packed_for(const Lora *l) {
+static Packed packed_for(const Lora *l, int backwards) {
     Packed p = {.rank = rounded_up(l->rank, LANES), .in = rounded_up(l->in, STRIP), .out = rounded_up(l->out, STRIP)};
     p.into = words_of((size_t)(p.in + p.out) * p.rank / 2);
+    p.from = p.into + (size_t)(backwards ? p.out : p.in) * p.rank / 2;
     return p;
 }
 
@@ -61,12 +63,16 @@ static void add_to_y(const Lora *l, const Packed *p, int64_t row, int num, const
     floats wide[TALL][2], scale = _mm512_set1_ps(l->scale);
     for (int col = 0; col < l->out; col += STRIP) {
         wide_product(low, p->rank, p->from, p->out, col, wide);
-        for (int i = 0; i < num; i++)
+        for (int i = 0; i < num; i++) {
+            const uint16_t *past = l->past ? l->past + (row + i) * l->out + col : NULL;
             for (int side = 0; side < 2; side++) {
                 uint16_t *to = l->y + (row + i) * l->row_size + col + side * LANES;
                 __mmask16 mask = there(col, l->out) >> side * LANES;
-                store_halves(to, _mm512_fmadd_ps(scale, wide[i][side], load_halves(to, mask)), mask);
+                floats y = _mm512_fmadd_ps(scale, wide[i][side], load_halves(to, mask));
+                if (past) y = _mm512_add_ps(rounded_halves(y), load_halves(past + side * LANES, mask));
+                store_halves(to, y, mask);
             }
+        }
     }
 }
 
@@ -83,19 +89,29 @@ static void forward_rows(const Lora *l, const Packed *p, int64_t row, uint16_t *
     add_to_y(l, p, row, num, low);
 }
 
-void lora_forward(const Lora *l) {
-    Packed p = packed_for(l);
-    p.from = p.into + (size_t)p.in * p.rank / 2;
+void lora_forward(const Lora *all, int32_t number) {
+    Packed p[number];
+    size_t most = 0;
+    for (int i = 0; i < number; i++) {
+        p[i] = packed_for(&all[i], 0);
+        size_t words = (size_t)TALL * (p[i].in + p[i].rank) / 2;
+        if (words > most) most = words;
+    }
 #pragma omp parallel
     {
-        uint16_t *scratch = (uint16_t *)words_of((size_t)TALL * (p.in + p.rank) / 2);
-        pack_into(l->a, l->in, 1, l->rank, p.rank, l->in, p.into);
-        pack_from(l->b, 1, l->rank, l->rank, p.rank, l->out, p.out, p.from);
+        uint16_t *scratch = (uint16_t *)words_of(most);
+        for (int i = 0; i < number; i++) {
+            const Lora *l = &all[i];
+            pack_into(l->a, l->in, 1, l->rank, p[i].rank, l->in, p[i].into);
+            pack_from(l->b, 1, l->rank, l->rank, p[i].rank, l->out, p[i].out, p[i].from);
+        }
+#pragma omp barrier
 #pragma omp for
-        for (int64_t row = 0; row < l->rows; row += TALL) forward_rows(l, &p, row, scratch);
+        for (int64_t row = 0; row < all->rows; row += TALL)
+            for (int i = 0; i < number; i++) forward_rows(&all[i], &p[i], row, scratch);
         free(scratch);
     }
-    free(p.into);
+    for (int i = 0; i < number; i++) free(p[i].into);
 }
 
 /* What a thread has for BLOCK rows, and its sums over all of its blocks. */
@@ -188,36 +204,50 @@ static void add_up(const Lora *l, const Packed *p, const Block *first, int threa
     for (int r = 0; r < l->rank; r++)
         for (int k = 0; k < l->in; k++)
             l->da[(size_t)r * l->in + k] = total(first->da, threads, words, (size_t)r * p->in + k);
-#pragma omp for
+#pragma omp for nowait
     for (int o = 0; o < l->out; o++)
         for (int r = 0; r < l->rank; r++)
             l->db[(size_t)o * l->rank + r] = l->scale * total(first->db, threads, words, (size_t)r * p->out + o);
 }
 
-void lora_backward(const Lora *l) {
-    Packed p = packed_for(l);
-    p.from = p.into + (size_t)p.out * p.rank / 2;
-    int blocks = (l->rows + BLOCK - 1) / BLOCK, threads = most_threads() < blocks ? most_threads() : blocks;
+void lora_backward(const Lora *all, int32_t number) {
+    Packed p[number];
+    size_t words = 0, places[number]; /* of a thread: a block's for each layer */
+    for (int i = 0; i < number; i++) {
+        p[i] = packed_for(&all[i], 1), places[i] = words;
+        words += words_of_block(&p[i]);
+    }
+    int blocks = (all->rows + BLOCK - 1) / BLOCK, threads = most_threads() < blocks ? most_threads() : blocks;
     if (threads < 1) threads = 1; /* without rows the gradients are 0 */
-    size_t words = words_of_block(&p);
     uint32_t *memory = words_of(threads * words);
 #pragma omp parallel num_threads(threads)
     {
-        Block b = block_in(memory + this_thread() * words, &p), first = block_in(memory, &p);
-        memset(b.da, 0, 4 * words_of_sums(&p));
-        pack_into(l->b, 1, l->rank, l->rank, p.rank, l->out, p.into);
-        pack_from(l->a, l->in, 1, l->rank, p.rank, l->in, p.in, p.from);
+        uint32_t *mine = memory + this_thread() * words;
+        for (int i = 0; i < number; i++) {
+            const Lora *l = &all[i];
+            memset(block_in(mine + places[i], &p[i]).da, 0, 4 * words_of_sums(&p[i]));
+            pack_into(l->b, 1, l->rank, l->rank, p[i].rank, l->out, p[i].into);
+            pack_from(l->a, l->in, 1, l->rank, p[i].rank, l->in, p[i].in, p[i].from);
+        }
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int i = 0; i < blocks; i++) block_back(l, &p, &b, (int64_t)i * BLOCK);
-        add_up(l, &p, &first, threads_here(), words); /* may be fewer than were asked for */
+        for (int block = 0; block < blocks; block++)
+            for (int i = 0; i < number; i++) {
+                Block b = block_in(mine + places[i], &p[i]);
+                block_back(&all[i], &p[i], &b, (int64_t)block * BLOCK);
+            }
+        for (int i = 0; i < number; i++) {
+            Block first = block_in(memory + places[i], &p[i]);
+            add_up(&all[i], &p[i], &first, threads_here(), words); /* may be fewer than were asked for */
+        }
     }
     free(memory);
-    free(p.into);
+    for (int i = 0; i < number; i++) free(p[i].into);
 }
 
 int32_t multiplies_pairs(void) { return 1; }
 #else
-void lora_forward(const Lora *l) { (void)l; }
-void lora_backward(const Lora *l) { (void)l; }
+void lora_forward(const Lora *all, int32_t number) { (void)all, (void)number; }
+void lora_backward(const Lora *all, int32_t number) { (void)all, (void)number; }
 int32_t multiplies_pairs(void) { return 0; }
 #endif

@@ -1,4 +1,4 @@
-"""``lora.c`` for tensors: the low-rank path of a linear layer in bfloat16, for training on a CPU.
+"""``lora.c`` for tensors: the low-rank paths of linear layers in bfloat16, for training on a CPU.
 
 Only processors that multiply pairs of bfloat16 (AVX-512 BF16) have it; :func:`takes` says whether.
 """
@@ -25,7 +25,7 @@ class Lora(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in
-          ("x", "grad", "a", "b", "low", "y", "dx", "da", "db")),
+          ("x", "grad", "a", "b", "low", "past", "y", "dx", "da", "db")),
         ("rows", ctypes.c_int64),
         ("row_size", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("in_", "out", "rank")),
@@ -38,7 +38,7 @@ class Lora(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it cannot be had, or would do nothing."""
-    call = [ctypes.POINTER(Lora)]
+    call = [ctypes.POINTER(Lora), ctypes.c_int32]
     return code.functions_of(SOURCE, HEADERS, {"lora_forward": call, "lora_backward": call})
 
 
@@ -60,54 +60,65 @@ def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
     )
 
 
-def add_forward(x, lora_a, lora_b, y, dropout, scale: float) -> torch.Tensor:
-    """Add ``scale · dropout(x) Aᵀ Bᵀ`` to ``y``, in place.
+def add_forward(x, downs, ups, outputs, dropouts, scales, past=None) -> list[torch.Tensor]:
+    """Add to each layer's output ``y`` what its adapter gives, ``scale · dropout(x) Aᵀ Bᵀ``, in place.
 
     Args:
-        x: ``(N, in)`` bfloat16.
-        lora_a: ``(r, in)`` float32.
-        lora_b: ``(out, r)`` float32.
-        y: ``(N, out)`` bfloat16, may be columns of a wider tensor.
-        dropout: a :class:`tinyllm.dropout.Dropout` or None.
+        x: ``(N, in)`` bfloat16, the input of all layers.
+        downs: of each layer ``A`` ``(r, in)`` float32.
+        ups: of each layer ``B`` ``(out, r)`` float32.
+        outputs: of each layer ``y`` ``(N, out)`` bfloat16, may be columns of a wider tensor.
+        dropouts: of each layer a :class:`tinyllm.dropout.Dropout` or None.
+        past: ``(N, out)`` bfloat16, added to the output of a single layer, or None.
 
     Returns:
-        ``dropout(x) Aᵀ`` for the backward pass, ``(N, r filled up)`` bfloat16.
+        Of each layer ``dropout(x) Aᵀ`` for the backward pass, ``(N, r filled up)`` bfloat16.
     """
-    rank = -(-lora_a.shape[0] // LANES) * LANES
-    low = torch.empty(x.shape[0], rank, dtype=x.dtype)
-    call = _call(x, lora_a, lora_b, low, y, dropout, scale)
-    call.y = y.data_ptr()
-    library().lora_forward(call)
-    return low
+    lows = [x.new_empty(x.shape[0], -(-a.shape[0] // LANES) * LANES) for a in downs]
+    calls = _calls(x, downs, ups, lows, outputs, dropouts, scales)
+    for call, y in zip(calls, outputs, strict=True):
+        call.y = y.data_ptr()
+    if past is not None:
+        assert len(calls) == 1 and past.is_contiguous() and past.shape == outputs[0].shape
+        calls[0].past = past.data_ptr()
+    library().lora_forward(calls, len(calls))
+    return lows
 
 
-def add_backward(x, lora_a, lora_b, low, grad, dx, dropout, scale: float):
-    """Gradients through the adapter: added to ``dx`` (``(N, in)`` bfloat16, or None) in place.
+def add_backward(
+    x, downs, ups, lows, grads, dx, dropouts, scales
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients through the adapters: added to ``dx`` (``(N, in)`` bfloat16, or None) in place.
 
     Args:
-        low: what :func:`add_forward` gave.
-        grad: ``(N, out)`` bfloat16, may be columns of a wider tensor.
+        lows: what :func:`add_forward` gave.
+        grads: of each layer ``(N, out)`` bfloat16, may be columns of a wider tensor.
 
     Returns:
-        ``(dA, dB)`` float32.
+        Of each layer ``(dA, dB)`` float32.
     """
-    da, db = torch.empty_like(lora_a), torch.empty_like(lora_b)
-    assert low.is_contiguous() and (dx is None or dx.is_contiguous())
-    call = _call(x, lora_a, lora_b, low, grad, dropout, scale)
-    call.grad, call.da, call.db = grad.data_ptr(), da.data_ptr(), db.data_ptr()
-    if dx is not None:
-        call.dx = dx.data_ptr()
-    library().lora_backward(call)
-    return da, db
+    assert all(low.is_contiguous() for low in lows) and (dx is None or dx.is_contiguous())
+    found = [(torch.empty_like(a), torch.empty_like(b)) for a, b in zip(downs, ups, strict=True)]
+    calls = _calls(x, downs, ups, lows, grads, dropouts, scales)
+    for call, grad, (da, db) in zip(calls, grads, found, strict=True):
+        call.grad, call.da, call.db = grad.data_ptr(), da.data_ptr(), db.data_ptr()
+        call.dx = None if dx is None else dx.data_ptr()
+    library().lora_backward(calls, len(calls))
+    return found
+
+
+def _calls(x, downs, ups, lows, wides, dropouts, scales) -> ctypes.Array[Lora]:
+    """What both ways have in common; ``wides`` are the outputs or their gradients."""
+    layers = zip(downs, ups, lows, wides, dropouts, scales, strict=True)
+    return (Lora * len(downs))(*(_call(x, *layer) for layer in layers))
 
 
 def _call(x, lora_a, lora_b, low, wide, dropout, scale: float) -> Lora:
-    """What both ways have in common; ``wide`` is ``y`` or ``grad``."""
     row_size, step = wide.stride()
     assert step == 1
     (rank, width), (rows, out) = lora_a.shape, wide.shape
     seed, threshold = (dropout.seed, dropout.threshold) if dropout else (0, 0)
     return Lora(
-        x.data_ptr(), None, lora_a.data_ptr(), lora_b.data_ptr(), low.data_ptr(), None, None, None, None,
+        x.data_ptr(), None, lora_a.data_ptr(), lora_b.data_ptr(), low.data_ptr(), None, None, None, None, None,
         rows, row_size, width, out, rank, scale, seed, threshold,
     )  # fmt: skip

@@ -32,6 +32,11 @@ INLINE void store_halves(uint16_t *to, floats v, __mmask16 mask) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
+/* Numbers as they are after they have been stored. */
+INLINE floats rounded_halves(floats v) {
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16);
+}
+
 INLINE floats multiply_pairs(uint32_t left, pairs right, floats sum) {
     return _mm512_dpbf16_ps(sum, (pairs)_mm512_set1_epi32(left), right);
 }
@@ -45,7 +50,7 @@ INLINE uint32_t pair_at(const uint16_t *x, int64_t pair) {
 }
 
 /* x[r][col], which lies at r * down + col * along, as pairs of columns: (cols / 2, height); zeros from r = rank on.
- * For all threads of a team; the next function waits for both. */
+ * For all threads of a team, as the next function; who reads the pairs waits for all before. */
 static inline void pack_into(const float *x, int down, int along, int rank, int height, int cols, uint32_t *to) {
 #pragma omp for nowait
     for (int col = 0; col < cols; col += 2)
@@ -58,7 +63,7 @@ static inline void pack_into(const float *x, int down, int along, int rank, int 
 /* The same as pairs of r: (height / 2, width); zeros from col = cols on. */
 static inline void pack_from(const float *x, int down, int along, int rank, int height, int cols, int width,
                              uint32_t *to) {
-#pragma omp for
+#pragma omp for nowait
     for (int r = 0; r < height; r += 2)
         for (int col = 0; col < width; col++) {
             const float *at = x + (int64_t)r * down + (int64_t)col * along;

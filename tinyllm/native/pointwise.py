@@ -25,7 +25,7 @@ ARGUMENTS = {
     "keep": [POINTER, POINTER, NUMBER, ctypes.c_uint64, ctypes.c_uint32, INT],
     "add_kept": [POINTER, POINTER, NUMBER, ctypes.c_uint64, ctypes.c_uint32, INT],
     "norm_forward": [POINTER] * 4 + [NUMBER, INT, ctypes.c_float, INT],
-    "norm_backward": [POINTER] * 5 + [NUMBER, INT, INT],
+    "norm_backward": [POINTER] * 6 + [NUMBER, INT, INT],
     "gate_forward": [POINTER] * 3 + [NUMBER, INT, NUMBER, INT],
     "gate_backward": [POINTER] * 5 + [NUMBER, INT, NUMBER, INT],
     "exponentiate": [POINTER] * 4 + [NUMBER, NUMBER, INT],
@@ -123,12 +123,15 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, past=None):
+        """``past``: gradient of x that came past the norm, (..., H) as x, to be added to this one."""
         x, weight, factors = ctx.saved_tensors
         grad, dx = grad.contiguous(), torch.empty_like(x)
+        past = past if past is None else past.contiguous()
         library().norm_backward(
-            grad.data_ptr(), x.data_ptr(), weight.data_ptr(), factors.data_ptr(), dx.data_ptr(),
-            len(factors), x.shape[-1], _half(x),
+            grad.data_ptr(), x.data_ptr(), weight.data_ptr(), factors.data_ptr(),
+            None if past is None else past.data_ptr(), dx.data_ptr(), len(factors), x.shape[-1],
+            _half(x),
         )  # fmt: skip
         return dx, None, None
 

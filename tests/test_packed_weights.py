@@ -1,0 +1,184 @@
+"""Weights laid out for their products give the same products, and are never used for other weights."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from tinyllm import fused_layers, packed_weights
+from tinyllm.attention import use_packed_attention
+from tinyllm.batches import model_inputs
+from tinyllm.fast_lora import FastLoraLinear, use_fast_lora
+from tinyllm.fused_layers import join_projections, pack_projections, use_fused_layers
+from tinyllm.packed_weights import PackedWeight, linear, linear_back
+
+BATCH = {"lengths": torch.tensor([19, 1, 44])}
+
+
+@pytest.fixture(autouse=True)
+def has_it():
+    if not packed_weights.works():
+        pytest.skip(
+            "a processor that does not multiply bfloat16, or a PyTorch without the operations"
+        )
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """How often a packed weight was multiplied with."""
+    found, real = [], packed_weights._multiply
+    monkeypatch.setattr(packed_weights, "_multiply", lambda *of: found.append(1) or real(*of))
+    return found
+
+
+def make(joins=True, base=None):
+    base = (base or make_model(attention_bias=True)).to(torch.bfloat16)
+    use_packed_attention(base)
+    use_fused_layers(base)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    use_fast_lora(config)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config).train()
+    if joins:
+        join_projections(model)
+    return model
+
+
+def step(model):
+    """Loss and gradients of one packed batch."""
+    torch.manual_seed(2)
+    ids = torch.randint(5, 480, (64,))
+    inputs = model_inputs(BATCH | {"input_ids": ids, "labels": ids}, packed_attention=True)
+    loss = F.cross_entropy(model(**inputs).logits[0].float(), ids)
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 37, 64, 640, 700])
+@pytest.mark.parametrize(("inside", "outside"), [(384, 640), (120, 360), (64, 48), (36, 100)])
+def test_products_are_the_same(rows, inside, outside):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(rows, n).bfloat16() for n in (inside, outside))
+    weight, bias = torch.randn(outside, inside).bfloat16(), torch.randn(outside).bfloat16()
+    packed = PackedWeight([weight], weight)
+    for with_bias in (None, bias):
+        assert torch.equal(linear(x, weight, with_bias, packed), F.linear(x, weight, with_bias))
+    assert torch.equal(linear_back(grad, weight, packed), grad @ weight)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_training_is_the_same(multiplied, joins):
+    expected, model = step(make(joins)), make(joins)
+    assert pack_projections(model) and not multiplied
+    assert same(step(model), expected)
+    products = 2 * 4 if joins else 2 * 7  # of two layers; the first one's input has no gradient
+    assert len(multiplied) == 2 * products - (1 if joins else 3)
+
+
+CHANGES = {
+    "in place": lambda linear: linear.weight.mul_(1.5),
+    "loaded": lambda linear: linear.load_state_dict(
+        {"weight": linear.weight / 2, "bias": linear.bias}
+    ),
+    "replaced": lambda linear: setattr(linear.weight, "data", linear.weight.data * 3),
+    "other": lambda linear: setattr(
+        linear, "weight", nn.Parameter(linear.weight * 3, requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj"])
+def test_a_weight_that_has_changed_is_not_taken_for_the_packed_one(change, name):
+    found = []
+    for packs in (False, True):
+        model = make()
+        if packs:
+            pack_projections(model)
+            before = step(model)
+        with torch.no_grad():
+            CHANGES[change](getattr(model.get_decoder().layers[0].self_attn, name).base_layer)
+        found.append(step(model))
+    assert same(*found) and not same(before, found[1])
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "down_proj"])
+def test_nor_is_one_that_was_merged_and_unmerged(multiplied, name):
+    model = make()
+    pack_projections(model)
+    layer = next(m for n, m in model.named_modules() if n.endswith(f"layers.1.{path(name)}"))
+    before = layer.base_layer.weight.clone()
+    layer.merge()
+    assert not torch.equal(layer.base_layer.weight, before)
+    layer.unmerge()
+    layer.base_layer.weight.data.add_(1)  # as peft writes it: unmerging rounds
+    layer._weight_changed()
+    step(model)
+    all_of_them = 2 * 8 - 1
+    assert len(multiplied) == all_of_them - 2
+
+
+def path(name):
+    return f"mlp.{name}" if name == "down_proj" else f"self_attn.{name}"
+
+
+def test_merging_counts_as_a_change():
+    layer = next(m for m in make().modules() if isinstance(m, FastLoraLinear))
+    for change in (layer.merge, layer.unmerge):
+        before = layer.base_layer.weight._version
+        change()
+        assert layer.base_layer.weight._version > before
+
+
+def test_too_much_for_the_memory_stays_as_it_is(monkeypatch, multiplied):
+    monkeypatch.setattr(fused_layers, "MOST_BYTES", 1000)
+    model = make()
+    assert not pack_projections(model)
+    step(model)
+    assert not multiplied
+
+
+def test_only_frozen_bfloat16_is_packed(multiplied):
+    model = make().float()
+    assert not pack_projections(model)
+    trained = make()
+    trained.requires_grad_(True)
+    assert not pack_projections(trained) and not multiplied
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_have_weights_of_their_own(duplicate):
+    layer = next(m for m in make().modules() if isinstance(m, FastLoraLinear))
+    layer.packed = PackedWeight([layer.base_layer.weight], layer.base_layer.weight)
+    assert duplicate(layer.packed) is None
+    assert not any("packed" in key for key in layer.state_dict())
+
+
+def test_without_the_operations_nothing_is_packed(monkeypatch):
+    def gone(weight):
+        raise AttributeError("no such operation")
+
+    packed_weights.works.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_weights, "_pack", gone)
+        assert not packed_weights.works() and not pack_projections(make())
+    packed_weights.works.cache_clear()
+
+
+def test_operations_that_give_something_else_are_not_used(monkeypatch):
+    packed_weights.works.cache_clear()
+    with monkeypatch.context() as patched:
+        real = packed_weights._multiply
+        patched.setattr(packed_weights, "_multiply", lambda *of: real(*of) * 1.01)
+        assert not packed_weights.works()
+    packed_weights.works.cache_clear()

@@ -1,0 +1,95 @@
+"""Frozen matrices laid out once as oneDNN's products want them, for training on a CPU.
+
+oneDNN multiplies by blocks, and for every product brings the matrix into them anew.  For the few hundred
+tokens of a step of fine-tuning that is 5 to 10 % of the time.  A frozen matrix can stay so; PyTorch's own
+compiler does the same for inference ("weight prepacking" of ``torch.compile``'s freezing), by the two
+operations used here.  What comes out is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from tinyllm.native_bf16 import cpu_multiplies_bf16
+
+# Of the copies, one for each way.  A model of 135M parameters needs 424 MiB; beyond that memory is worth more.
+MOST_BYTES = 512 << 20
+ROWS = 640  # oneDNN lays out for about so many tokens; it takes any other number, too
+
+
+class PackedWeight:
+    """``W`` (out, in), frozen, for products with it and with its transpose.
+
+    Args:
+        weights: the parameters whose memory ``joint`` is; remembered, so that :meth:`is_of` notices a change.
+        joint: ``W``, bfloat16 on the CPU.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], joint: torch.Tensor) -> None:
+        self.stamps = _stamps(weights)
+        self.ahead, self.back = _pack(joint), _pack(joint.t().contiguous())
+
+    def is_of(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are still the parameters that were packed, with what they held then."""
+        return self.stamps == _stamps(weights)
+
+    def __reduce__(self) -> tuple:
+        """A copy or a pickle of the model has none: it can be made again."""
+        return type(None), ()
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight | None
+) -> torch.Tensor:
+    """``x Wᵀ + b`` of ``x`` (N, in): (N, out)."""
+    return F.linear(x, weight, bias) if packed is None else _multiply(x, packed.ahead, bias)
+
+
+def linear_back(
+    grad: torch.Tensor, weight: torch.Tensor, packed: PackedWeight | None
+) -> torch.Tensor:
+    """``g W`` of ``grad`` (N, out): (N, in)."""
+    return grad @ weight if packed is None else _multiply(grad, packed.back, None)
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether a weight is of the kind whose products gain by it."""
+    return (
+        weight.is_cpu
+        and weight.dtype == torch.bfloat16
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and not weight.requires_grad
+        and works()
+    )
+
+
+@functools.cache
+def works() -> bool:
+    """Whether this PyTorch has the operations, and they give what its ordinary product gives."""
+    if not (cpu_multiplies_bf16() and torch.backends.mkldnn.is_available()):
+        return False
+    numbers = torch.arange(-48 * 64, 48 * 64).remainder(101).sub(50).bfloat16() / 50
+    x, weight = numbers[: 48 * 64].view(48, 64), numbers[48 * 64 :].view(48, 64)
+    bias = weight[:, 0].contiguous()
+    try:
+        found = _multiply(x, _pack(weight), bias)
+    except (AttributeError, RuntimeError):  # they are PyTorch's own affair, and may go
+        return False
+    return torch.equal(found, F.linear(x, weight, bias))
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
+def _stamps(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where they lie, and how often they were changed in place."""
+    return [(weight.data_ptr(), weight._version) for weight in weights]
