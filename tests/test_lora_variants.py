@@ -278,7 +278,7 @@ def test_another_start_than_the_runs_is_refused(tmp_path):
 
 def test_loraplus_moves_b_faster(tmp_path, base_folder, data_file):
     from tinyllm.command_line import parse_settings
-    from tinyllm.trainer import loraplus_optimizer
+    from tinyllm.loraplus import loraplus_optimizer
 
     words = train_arguments(base_folder, data_file, tmp_path / "x", "--loraplus_lr_ratio", "16")
     settings, _ = parse_settings(words)

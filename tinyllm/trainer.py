@@ -8,7 +8,6 @@ GAS nor the number of processes changes the result.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable
 
@@ -22,6 +21,8 @@ from tinyllm.batches import Batch, collate, fill_up, model_inputs, nothing_to_le
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
+from tinyllm.loraplus import loraplus_optimizer
+from tinyllm.micro_batches import filled_up_to, most_tokens, whole_steps
 from tinyllm.neftune import Neftune
 from tinyllm.packing_check import choose_packing
 from tinyllm.rank_share import share_rows
@@ -29,21 +30,11 @@ from tinyllm.row_search import ids_of, rows_text
 from tinyllm.saving import SavingTrainer
 from tinyllm.settings import SftArguments
 
-# Tokens of a micro-batch on a CPU.  Small layers need 1,024 to outweigh the calls around them (12 to
-# 30 % faster than 512 at width 384); wider ones gain less, and their activations cost memory (at width 576
-# and 30 layers a step of 660 tokens takes 10 % less in one piece, and 120 MiB more).
-NARROW_CPU_TOKENS, WIDE_CPU_TOKENS = 1024, 768
-NARROW = 512
 NO_GRADIENT = (
     "step 1: every gradient is zero, so nothing would be learned; is a part of the model frozen that "
     "leads to the adapter, or does gradient checkpointing cut it off (try --gradient_checkpointing "
     "False)?"
 )
-
-
-# oneDNN, which multiplies bfloat16 on a CPU, prepares its products anew for each number of tokens and
-# keeps what it prepared; float32 products are MKL's.
-FILLED = 64
 
 
 class SftTrainer(SavingTrainer):
@@ -61,9 +52,7 @@ class SftTrainer(SavingTrainer):
         eval_dataset: Examples | None, tokenizer, max_length: int, callbacks=None,
         loraplus_lr_ratio: float = 0.0,
     ) -> None:  # fmt: skip
-        self.tokens_per_micro_batch = args.per_device_train_batch_size * max_length
-        if args.device.type == "cpu":
-            self.tokens_per_micro_batch = min(self.tokens_per_micro_batch, cpu_tokens(model))
+        self.tokens_per_micro_batch = most_tokens(args, model, max_length)
         self.causal_model = plain_model(model)
         self.packing = choose_packing(self.causal_model)
         if self.packing.one_by_one:
@@ -72,9 +61,7 @@ class SftTrainer(SavingTrainer):
         # autocast is a wrapper around the whole forward, which this path goes past
         plain = has_plain_frozen_head(self.causal_model) and not (args.bf16 or args.fp16)
         self.chunked_loss = args.chunked_loss and plain
-        in_bf16 = next(self.causal_model.parameters()).dtype == torch.bfloat16
-        fills = args.fill_rows and self.packing.kernel and in_bf16 and args.device.type == "cpu"
-        self.multiple = FILLED if fills else 1
+        self.multiple = filled_up_to(args, self.causal_model) if self.packing.kernel else 1
         self.asked = args  # as the user wrote them; self.args counts whole steps
         super().__init__(
             model=model,
@@ -259,31 +246,3 @@ class SftTrainer(SavingTrainer):
 
     def _eval_parts(self, batch: Batch) -> Iterable[Batch]:
         return split(batch, 1) if self.packing.one_by_one else (batch,)
-
-
-def cpu_tokens(model) -> int:
-    """Most tokens of a micro-batch on a CPU, by the width of the model's layers."""
-    width = getattr(model.config.get_text_config(), "hidden_size", 0)
-    return NARROW_CPU_TOKENS if width <= NARROW else WIDE_CPU_TOKENS
-
-
-def whole_steps(args: SftArguments) -> SftArguments:
-    """The settings as the Trainer gets them: one batch is one whole optimizer step."""
-    args = copy.copy(args)
-    args.per_device_train_batch_size *= args.gradient_accumulation_steps
-    args.gradient_accumulation_steps = 1
-    args.remove_unused_columns = False
-    args.label_names = ["labels"]
-    return args
-
-
-def loraplus_optimizer(model, args: SftArguments, ratio: float) -> torch.optim.Optimizer:
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): ``args.learning_rate`` for A, ``ratio`` x for B."""
-    from peft.optimizers import create_loraplus_optimizer
-
-    optimizer_class, options = SavingTrainer.get_optimizer_cls_and_kwargs(args)
-    options.pop("lr", None)
-    return create_loraplus_optimizer(
-        model, optimizer_class, lr=args.learning_rate, loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=args.weight_decay, loraplus_lr_embedding=args.learning_rate, **options,
-    )  # fmt: skip
