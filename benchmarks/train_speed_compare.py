@@ -36,6 +36,7 @@ class ShapeRun:
     Attributes:
         reference: the loss of step 1, as TRL computes it in float32.
         notes: what else a reader of the table should know.
+        limits: GFLOP/s by dtype, measured at the start and after each of our trainings.
     """
 
     def __init__(self, shape: Shape, arguments: Namespace, runner: Runner) -> None:
@@ -49,17 +50,15 @@ class ShapeRun:
         self.tokens, self.supervised = mean_lengths(self.work)
         self.reference: float | None = None
         self.notes: list[str] = []
+        self.limits: list[dict] = []
 
     def measure(self) -> dict:
         """Limit, choice of settings, trainings in turn; everything for the table."""
         say(f"== {self.shape.name}: the machine's GEMM limit ...")
-        limit = self.runner.limit(
-            linears=self.shape.linears, layers=self.shape.config["num_hidden_layers"],
-            head=self.shape.head, tokens=round(self.tokens * ROWS_PER_STEP),
-            supervised=round(self.supervised * ROWS_PER_STEP),
-        )  # fmt: skip
-        chosen = self._choose(limit)
+        self._measure_limit()
+        chosen = self._choose(self.limits[0])
         results = self._train_in_turn(chosen)
+        limit = middle_of(self.limits)
         rows = [self._summary(c, results[c.name], limit) for c in chosen]
         self._check(rows)
         return {
@@ -71,6 +70,15 @@ class ShapeRun:
             "losses": {name: found[-1]["losses"] for name, found in results.items()},
             "notes": self.notes,
         }  # fmt: skip
+
+    def _measure_limit(self) -> None:
+        """Once more: a machine's speed wanders within minutes, and the trainings' with it."""
+        found = self.runner.limit(
+            linears=self.shape.linears, layers=self.shape.config["num_hidden_layers"],
+            head=self.shape.head, tokens=round(self.tokens * ROWS_PER_STEP),
+            supervised=round(self.supervised * ROWS_PER_STEP),
+        )  # fmt: skip
+        self.limits.append(found)
 
     def _choose(self, limit: dict) -> list[Candidate]:
         """The fastest correct candidate of each family; TRL first, whose loss is the reference."""
@@ -126,6 +134,8 @@ class ShapeRun:
                 results[candidate.name].append(result)
                 rate = ROWS_PER_STEP / seconds_per_step(result, self.arguments.warm_up)
                 say(f"   turn {turn}, {candidate.name}: {rate:.2f} examples/s")
+                if candidate.family == OURS:
+                    self._measure_limit()
         return results
 
     def _steps(self, candidate: Candidate) -> int:
@@ -153,6 +163,14 @@ class ShapeRun:
     def _note(self, text: str) -> None:
         self.notes.append(text)
         say(f"   {text}")
+
+
+def middle_of(limits: list[dict]) -> dict:
+    """The median of each number of several measurements."""
+    return {
+        dtype: {kind: median(one[dtype][kind] for one in limits) for kind in limits[0][dtype]}
+        for dtype in limits[0]
+    }
 
 
 def measure_start_up(work: Work, repeat: int, runner: Runner) -> dict:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import train_speed
 from train_speed_child import mebibytes
+from train_speed_compare import middle_of
 from train_speed_jobs import CANDIDATES, FAMILIES, HYPER, SHAPES, Work, choose_rows, our_words
 from train_speed_limit import flops_of_step
 from train_speed_table import Measured, is_correct, quality_report, shape_report, summarise, table
@@ -140,3 +141,8 @@ def test_reports_are_markdown_without_paths_of_this_machine():
 
 def test_memory_is_read():
     assert mebibytes() >= mebibytes("VmRSS") * 0.9 > 1
+
+
+def test_the_limit_is_the_middle_of_several():
+    limits = [{"float32": {"own": own, "large": own * 2}} for own in (80.0, 100.0, 20.0)]
+    assert middle_of(limits) == {"float32": {"own": 80.0, "large": 160.0}}
