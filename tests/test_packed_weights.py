@@ -112,6 +112,18 @@ def test_a_weight_that_has_changed_is_not_taken_for_the_packed_one(change, name)
     assert same(*found) and not same(before, found[1])
 
 
+def test_nor_is_one_that_has_got_its_memory():
+    """What is replaced is freed, and what replaces it next may lie there."""
+    layer = next(m for m in make().modules() if isinstance(m, FastLoraLinear))
+    weight = layer.base_layer.weight
+    for size in (weight.shape, (128, 128), (192, 192)):
+        weight.data = torch.randn(size).bfloat16()
+        packed = PackedWeight([weight], weight)
+        for _ in range(8):
+            weight.data = weight.data * 1.5
+            assert not packed.is_of([weight])
+
+
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "down_proj"])
 def test_nor_is_one_that_was_merged_and_unmerged(multiplied, name):
     model = make()
@@ -120,12 +132,14 @@ def test_nor_is_one_that_was_merged_and_unmerged(multiplied, name):
     before = layer.base_layer.weight.clone()
     layer.merge()
     assert not torch.equal(layer.base_layer.weight, before)
-    layer.unmerge()
-    layer.base_layer.weight.data.add_(1)  # as peft writes it: unmerging rounds
-    layer._weight_changed()
+    layer.unmerge()  # which rounds
     step(model)
     all_of_them = 2 * 8 - 1
     assert len(multiplied) == all_of_them - 2
+    del multiplied[:]
+    pack_projections(model)
+    step(model)
+    assert len(multiplied) == all_of_them
 
 
 def path(name):
@@ -162,6 +176,24 @@ def test_copies_have_weights_of_their_own(duplicate):
     layer.packed = PackedWeight([layer.base_layer.weight], layer.base_layer.weight)
     assert duplicate(layer.packed) is None
     assert not any("packed" in key for key in layer.state_dict())
+
+
+def test_an_odd_bias_is_read_as_ever():
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 32).bfloat16(), torch.randn(48, 32).bfloat16()
+    packed, wide = PackedWeight([weight], weight), torch.randn(48, 2).bfloat16()
+    expected = F.linear(x, weight, wide[:, 0])
+    assert torch.equal(linear(x, weight, wide[:, 0], packed), expected)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, wide[:, 0].float(), packed)
+
+
+def test_variants_of_lora_are_left_alone():
+    base = make_model().to(torch.bfloat16)
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    use_fast_lora(config)
+    model = get_peft_model(base, config)
+    assert not pack_projections(model)
 
 
 def test_without_the_operations_nothing_is_packed(monkeypatch):

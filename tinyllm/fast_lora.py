@@ -98,7 +98,7 @@ class Part(NamedTuple):
 class FastLoraLinear(PeftLinear):
     """peft's LoRA layer with the forward above where it applies."""
 
-    packed: PackedWeight | None = None  # of this layer, and those that are joined to it
+    packed: PackedWeight | None = None  # the first of joined layers has that of all of them
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         part = None if args or kwargs else self.taken_apart(x)
@@ -107,15 +107,19 @@ class FastLoraLinear(PeftLinear):
         return _outputs(x, _alone(self, part))[0]
 
     def merge(self, *args, **kwargs) -> None:
-        super().merge(*args, **kwargs)
-        self._weight_changed()
+        try:
+            super().merge(*args, **kwargs)
+        finally:
+            self._count_change()
 
     def unmerge(self) -> None:
-        super().unmerge()
-        self._weight_changed()
+        try:
+            super().unmerge()
+        finally:
+            self._count_change()
 
-    def _weight_changed(self) -> None:
-        """Count a change of the weight, which peft makes behind autograd's back."""
+    def _count_change(self) -> None:
+        """Of the weight, which peft writes behind autograd's back."""
         torch.autograd.graph.increment_version(self.get_base_layer().weight)
 
     def taken_apart(self, x: torch.Tensor) -> Part | None:
@@ -201,9 +205,10 @@ def _alone(layer: FastLoraLinear, part: Part) -> Joined:
 
 
 def _packed(layer: FastLoraLinear, weights: list[torch.Tensor]) -> PackedWeight | None:
-    """What a layer has of these weights, if they are what they were."""
-    packed = layer.packed
-    return packed if packed is not None and packed.is_of(weights) else None
+    """What a layer has of these weights; it is given up when they are no longer what they were."""
+    if layer.packed is not None and not layer.packed.is_of(weights):
+        layer.packed = None
+    return layer.packed
 
 
 def project(x: torch.Tensor, *layers: torch.nn.Module) -> tuple[torch.Tensor, ...]:
@@ -235,18 +240,21 @@ def pack(*layers: torch.nn.Module) -> None:
     """Lay out the frozen weights of layers that read one input for their products, together if they can be."""
     weights = [layer.base_layer.weight for layer in layers]
     joint = below_each_other(weights)
-    if joint is not None:
-        layers[0].packed = PackedWeight(weights, joint)
-    elif len(layers) > 1:
+    if joint is None:
         for layer in layers:
             pack(layer)
+    elif _packed(layers[0], weights) is None:
+        layers[0].packed = PackedWeight(weights, joint)
 
 
 def can_be_packed(layer: torch.nn.Module) -> bool:
-    """Whether a layer's products gain by :func:`pack`."""
-    if type(layer) is not FastLoraLinear or type(layer.base_layer) is not nn.Linear:
-        return False
-    return can_pack(layer.base_layer.weight)
+    """Whether :func:`pack` can do something for a layer in training."""
+    return (
+        type(layer) is FastLoraLinear
+        and type(layer.base_layer) is nn.Linear
+        and not layer.lora_variant
+        and can_pack(layer.base_layer.weight)
+    )
 
 
 def use_fast_lora(config) -> None:

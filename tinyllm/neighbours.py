@@ -23,7 +23,7 @@ def below_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         if not tensor.is_contiguous():
             return None
         rows, place = rows + tensor.shape[0], place + tensor.numel() * size
-    return _within_storage(first, (rows, *rest), first.stride())
+    return _within_storage(first, (rows, *rest), _dense((rows, *rest)))
 
 
 def beside_each_other(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -46,7 +46,7 @@ def _within_storage(
     first: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor | None:
     """A wider view of the storage that ``first`` is in; None if that ends before.  What has its memory
-    there is of this storage, and of no other.
+    there is a part of it, since no two allocations overlap.
     """
     end = first.storage_offset() + math.prod(shape)
     if end * first.element_size() > first.untyped_storage().nbytes():
@@ -76,7 +76,7 @@ def lay_below(parameters: Sequence[torch.nn.Parameter]) -> None:
         parameter.data = part
 
 
-def _dense(shape: torch.Size) -> tuple[int, ...]:
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a contiguous tensor of this shape."""
     strides, step = [], 1
     for size in reversed(shape):

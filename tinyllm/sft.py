@@ -18,7 +18,7 @@ from tinyllm.data import Data
 from tinyllm.errors import UserError
 from tinyllm.faults import one_line_for_faults
 from tinyllm.finish import finish, show_samples
-from tinyllm.fused_layers import join_projections, pack_projections, use_fused_layers
+from tinyllm.fused_layers import join_projections, use_fused_layers
 from tinyllm.interrupt import NeverStop
 from tinyllm.launch_check import check_start, check_trainer
 from tinyllm.lora import add_lora, count_parameters, describe_adapter
@@ -183,7 +183,6 @@ def prepare_model(settings: Settings, model):
     torch.manual_seed(settings.training.seed)
     lora = add_lora(prepare_quantised(model), settings.lora)
     join_projections(lora)
-    pack_projections(lora)
     if settings.training.gradient_checkpointing:
         lora.enable_input_require_grads()  # else checkpoints of frozen embeddings pass no gradient
     if settings.lora.adapter_path:

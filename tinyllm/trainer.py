@@ -20,6 +20,7 @@ from tinyllm.base import plain_model
 from tinyllm.batches import Batch, collate, fill_up, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
+from tinyllm.fused_layers import pack_projections
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
 from tinyllm.loraplus import loraplus_optimizer
 from tinyllm.micro_batches import filled_up_to, most_tokens, whole_steps
@@ -161,26 +162,15 @@ class SftTrainer(SavingTrainer):
         """As ever; of a model without wrapper only what is trained, which to find takes as long again."""
         if model is not self.model:
             return super()._clip_grad_norm(model)
-        return self.accelerator.clip_grad_norm_(self._trained(), self.args.max_grad_norm)
-
-    def _trained(self) -> list[torch.nn.Parameter]:
         if not self.trained:
-            self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        return self.trained
+            self.trained = [p for p in model.parameters() if p.requires_grad]
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
-    def _run_epoch(self, model, *args, **kwargs) -> None:
-        """As ever; a model without wrapper is not walked through to forget a step's gradients."""
-        if model is not self.model:
-            return super()._run_epoch(model, *args, **kwargs)
-        model.zero_grad = self._forget_gradients
-        try:
-            return super()._run_epoch(model, *args, **kwargs)
-        finally:
-            del model.zero_grad
-
-    def _forget_gradients(self) -> None:
-        for parameter in self._trained():
-            parameter.grad = None
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As ever, with weights laid out for their products; here nothing will move or change them."""
+        if self.args.device.type == "cpu" and not (self.args.bf16 or self.args.fp16):
+            pack_projections(self.causal_model)
+        super()._run_epoch(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient's norm; it is looked at before the optimizer takes its step.
