@@ -227,7 +227,10 @@ def test_weights_are_laid_out_when_training_begins_and_change_nothing(
         model = sft.prepare_model(settings, model)
         layers = [m for m in model.modules() if isinstance(m, FastLoraLinear)]
         assert layers and not any(layer.packed for layer in layers)
-        sft.build_trainer(settings, model, tokenizer, data, 64).train()
+        trainer = sft.build_trainer(settings, model, tokenizer, data, 64)
+        size = sum(2 * layer.base_layer.weight.nbytes for layer in layers)
+        assert trainer.bytes_of_packing() == (size if most else 0)
+        trainer.train()
         assert any(layer.packed for layer in layers) == bool(most)
         adapters.append({n: p for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(p, adapters[1][n]) for n, p in adapters[0].items())

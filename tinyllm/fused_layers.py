@@ -161,19 +161,29 @@ def join_projections(model: nn.Module) -> None:
 
 
 def pack_projections(model: nn.Module) -> bool:
-    """Lay out the frozen weights for their products, if all of them find room in ``MOST_BYTES``.
+    """Lay out the frozen weights for their products, if the copies find room in ``MOST_BYTES``.
 
     Returns:
         Whether it was done.
     """
-    layers = [module for module in model.modules() if can_be_packed(module)]
-    if 2 * sum(layer.base_layer.weight.nbytes for layer in layers) > MOST_BYTES:
+    if not bytes_of_packing(model):
         return False
     groups = [g for g in _reading_one_input(model) if all(map(can_be_packed, g))]
     grouped = {layer for group in groups for layer in group}
-    for group in [*groups, *((layer,) for layer in layers if layer not in grouped)]:
+    alone = [(layer,) for layer in _packable(model) if layer not in grouped]
+    for group in groups + alone:
         pack(*group)
-    return bool(layers)
+    return True
+
+
+def bytes_of_packing(model: nn.Module) -> int:
+    """What :func:`pack_projections` takes; 0 where it would do nothing."""
+    size = 2 * sum(layer.base_layer.weight.nbytes for layer in _packable(model))
+    return size if size <= MOST_BYTES else 0
+
+
+def _packable(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if can_be_packed(module)]
 
 
 def _reading_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:

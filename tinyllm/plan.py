@@ -207,7 +207,7 @@ def expected_memory(trainer, data: Data, saved: float, trainable: int, resting: 
     tokens = largest_micro_batch(trainer, train.lengths, args.per_device_train_batch_size)
     return Memory(
         rest=max(0, resting - weights) + TRAINING_OVERHEAD if on_cpu else 0,
-        weights=weights,
+        weights=weights + trainer.bytes_of_packing(),
         training=trainable * (FLOAT32 + ADAM_BYTES),
         activations=int(saved * tokens),
         logits=logits_bytes(trainer, data, tokens),

@@ -20,7 +20,7 @@ from tinyllm.base import plain_model
 from tinyllm.batches import Batch, collate, fill_up, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
-from tinyllm.fused_layers import pack_projections
+from tinyllm.fused_layers import bytes_of_packing, pack_projections
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
 from tinyllm.loraplus import loraplus_optimizer
 from tinyllm.micro_batches import filled_up_to, most_tokens, whole_steps
@@ -168,9 +168,15 @@ class SftTrainer(SavingTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As ever, with weights laid out for their products; here nothing will move or change them."""
-        if self.args.device.type == "cpu" and not (self.args.bf16 or self.args.fp16):
+        if self.bytes_of_packing():
             pack_projections(self.causal_model)
         super()._run_epoch(*args, **kwargs)
+
+    def bytes_of_packing(self) -> int:
+        """What the laid-out weights take during training; 0 where there are none."""
+        if self.args.device.type != "cpu" or self.args.bf16 or self.args.fp16:
+            return 0
+        return bytes_of_packing(self.causal_model)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient's norm; it is looked at before the optimizer takes its step.
