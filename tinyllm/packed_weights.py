@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from tinyllm.native_bf16 import cpu_multiplies_bf16
 
-# Of the copies, one for each way.  A model of 135M parameters needs 424 MiB; beyond that memory is worth more.
+# Of the copies, one for each way.  A model of 135M parameters needs 405 MiB; beyond that memory is worth more.
 MOST_BYTES = 512 << 20
 ROWS = 640  # oneDNN lays out for about so many tokens; it takes any other number, too
 
