@@ -56,6 +56,25 @@ def make_model(vocab_size: int = 480, seed: int = 0, **changes):
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **(shape | changes))).eval()
 
 
+def make_fused_lora(base, joins: bool = True, **lora):
+    """A model in training whose layers and adapters, never 0, compute the faster way; C must compile."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from tinyllm.attention import use_packed_attention
+    from tinyllm.fast_lora import use_fast_lora
+    from tinyllm.fused_layers import join_projections, use_fused_layers
+
+    assert use_packed_attention(base) and use_fused_layers(base)
+    config = LoraConfig(init_lora_weights=False, **lora)
+    use_fast_lora(config)
+    torch.manual_seed(1)
+    model = get_peft_model(base, config).train()
+    if joins:
+        join_projections(model)
+    return model
+
+
 def hear_ctrl_c() -> None:
     """For a child before it starts: Ctrl-C ends it, also where the tests run in the background,
     for a shell has what it puts there ignore SIGINT, and children inherit that."""

@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_model
-from peft import LoraConfig, get_peft_model
+from conftest import make_fused_lora, make_model
 from torch import nn
 
-from tinyllm.attention import use_packed_attention
 from tinyllm.batches import model_inputs
-from tinyllm.fast_lora import use_fast_lora
-from tinyllm.fused_layers import join_projections, use_fused_layers
 from tinyllm.native import attention, pointwise
 from tinyllm.one_node import DecoderLayer
 
@@ -29,17 +25,8 @@ def calls(monkeypatch):
 
 def make(joins=True, dtype=torch.float32, targets=ALL, dropout=0.0, base=None):
     base = base or make_model(attention_bias=True)
-    base = base.to(dtype)
-    assert use_packed_attention(base) and use_fused_layers(base)
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, lora_dropout=dropout
-    )
-    use_fast_lora(config)
-    torch.manual_seed(1)
-    model = get_peft_model(base, config).train()
-    if joins:
-        join_projections(model)
-    return model
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": targets, "lora_dropout": dropout}
+    return make_fused_lora(base.to(dtype), joins, **lora)
 
 
 def step(model, seed=2):

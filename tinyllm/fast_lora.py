@@ -54,7 +54,7 @@ class LoraLinears(torch.autograd.Function):
         # a lone output stays the whole tensor: others may change it in place, as no view may be
         outputs = joint.split_with_sizes(_widths(ups), 1) if len(ups) > 1 else (joint,)
         ctx.packed, ctx.dropouts, ctx.scales = packed, dropouts, scales
-        known = all(map(compiled.takes, [x] * len(ups), downs, ups))
+        known = all(compiled.takes(x, a, b) for a, b in zip(downs, ups, strict=True))
         ctx.native = compiled if known else by_torch
         lows = ctx.native.add_forward(x, downs, ups, outputs, dropouts, scales, past)
         ctx.save_for_backward(x, weight, *adapters, *lows)

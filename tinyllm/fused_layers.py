@@ -7,7 +7,7 @@ that the compiled code does not take goes to theirs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -166,24 +166,28 @@ def pack_projections(model: nn.Module) -> bool:
     Returns:
         Whether it was done.
     """
-    if not bytes_of_packing(model):
-        return False
-    groups = [g for g in _reading_one_input(model) if all(map(can_be_packed, g))]
-    grouped = {layer for group in groups for layer in group}
-    alone = [(layer,) for layer in _packable(model) if layer not in grouped]
-    for group in groups + alone:
+    layers = _to_pack(model)
+    groups = [group for group in _reading_one_input(model) if layers.issuperset(group)]
+    alone = layers.difference(*groups)
+    for group in [*groups, *((layer,) for layer in alone)]:
         pack(*group)
-    return True
+    return bool(layers)
 
 
 def bytes_of_packing(model: nn.Module) -> int:
     """What :func:`pack_projections` takes; 0 where it would do nothing."""
-    size = 2 * sum(layer.base_layer.weight.nbytes for layer in _packable(model))
-    return size if size <= MOST_BYTES else 0
+    return _copies_of(_to_pack(model))
 
 
-def _packable(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if can_be_packed(module)]
+def _to_pack(model: nn.Module) -> set[nn.Module]:
+    """The layers that can be packed; none, if there is no room for all."""
+    layers = {module for module in model.modules() if can_be_packed(module)}
+    return layers if _copies_of(layers) <= MOST_BYTES else set()
+
+
+def _copies_of(layers: Iterable[nn.Module]) -> int:
+    """Bytes."""
+    return 2 * sum(layer.base_layer.weight.nbytes for layer in layers)
 
 
 def _reading_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:

@@ -95,7 +95,7 @@ class DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, parts: LayerParts, *adapters):
         """``x`` (N, H) → (N, H).  ``adapters`` are those of ``parts``, for autograd to see."""
-        steps, x = Steps(), x.contiguous()
+        steps, x = Steps(), x.contiguous()  # compiled code adds it to what the layer gives
         attended = _attention(steps, x, parts, ctx.needs_input_grad[0])
         found = _mlp(steps, attended, parts)
         ctx.save_for_backward(*steps.tensors)

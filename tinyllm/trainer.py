@@ -60,8 +60,10 @@ class SftTrainer(SavingTrainer):
             self.tokens_per_micro_batch = 1  # every example is longer, and gets a row of its own
         self.loraplus_lr_ratio = loraplus_lr_ratio
         # autocast is a wrapper around the whole forward, which this path goes past
-        plain = has_plain_frozen_head(self.causal_model) and not (args.bf16 or args.fp16)
+        autocast = args.bf16 or args.fp16
+        plain = has_plain_frozen_head(self.causal_model) and not autocast
         self.chunked_loss = args.chunked_loss and plain
+        self.packs_weights = args.device.type == "cpu" and not autocast
         self.multiple = filled_up_to(args, self.causal_model) if self.packing.kernel else 1
         self.asked = args  # as the user wrote them; self.args counts whole steps
         super().__init__(
@@ -168,15 +170,13 @@ class SftTrainer(SavingTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As ever, with weights laid out for their products; here nothing will move or change them."""
-        if self.bytes_of_packing():
+        if self.packs_weights:
             pack_projections(self.causal_model)
         super()._run_epoch(*args, **kwargs)
 
     def bytes_of_packing(self) -> int:
         """What the laid-out weights take during training; 0 where there are none."""
-        if self.args.device.type != "cpu" or self.args.bf16 or self.args.fp16:
-            return 0
-        return bytes_of_packing(self.causal_model)
+        return bytes_of_packing(self.causal_model) if self.packs_weights else 0
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The gradient's norm; it is looked at before the optimizer takes its step.

@@ -14,17 +14,21 @@
 #include "threads.h"
 
 typedef struct {
-    const uint16_t *x, *grad; /* (rows, in) and, backwards, (rows, out); in a multiple of 4, out of 2 */
-    const float *a, *b;       /* (rank, in) and (out, rank) */
-    uint16_t *low;            /* (rows, rank rounded up to LANES) */
-    const uint16_t *past; /* (rows, out), added to y as well, or none */
-    uint16_t *y, *dx;         /* (rows, out) and (rows, in), or no dx; both are added to */
-    float *da, *db;           /* as a and b */
+    const uint16_t *x;      /* (rows, in) */
+    const float *a, *b;     /* (rank, in) and (out, rank); in a multiple of 4, out of 2 */
+    uint16_t *low;          /* (rows, rank rounded up to LANES) */
     int64_t rows, row_size; /* of y and grad, which may be parts of wider rows */
     int32_t in, out, rank;
     float scale;
     uint64_t seed;
     uint32_t threshold; /* of 65536 numbers of x are dropped */
+    /* forwards: */
+    uint16_t *y;          /* (rows, out), added to */
+    const uint16_t *past; /* (rows, out), added to y as well, or none */
+    /* backwards: */
+    const uint16_t *grad; /* (rows, out) */
+    uint16_t *dx;         /* (rows, in), added to, or none */
+    float *da, *db;       /* as a and b */
 } Lora;
 
 #ifdef MULTIPLIES_PAIRS

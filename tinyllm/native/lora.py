@@ -24,14 +24,14 @@ class Lora(ctypes.Structure):
     """``Lora`` of ``lora.c``."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in
-          ("x", "grad", "a", "b", "low", "past", "y", "dx", "da", "db")),
+        *((name, ctypes.c_void_p) for name in ("x", "a", "b", "low")),
         ("rows", ctypes.c_int64),
         ("row_size", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("in_", "out", "rank")),
         ("scale", ctypes.c_float),
         ("seed", ctypes.c_uint64),
         ("threshold", ctypes.c_uint32),
+        *((name, ctypes.c_void_p) for name in ("y", "past", "grad", "dx", "da", "db")),
     ]  # fmt: skip
 
 
@@ -119,6 +119,6 @@ def _call(x, lora_a, lora_b, low, wide, dropout, scale: float) -> Lora:
     (rank, width), (rows, out) = lora_a.shape, wide.shape
     seed, threshold = (dropout.seed, dropout.threshold) if dropout else (0, 0)
     return Lora(
-        x.data_ptr(), None, lora_a.data_ptr(), lora_b.data_ptr(), low.data_ptr(), None, None, None, None, None,
+        x.data_ptr(), lora_a.data_ptr(), lora_b.data_ptr(), low.data_ptr(),
         rows, row_size, width, out, rank, scale, seed, threshold,
     )  # fmt: skip

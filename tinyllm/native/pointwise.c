@@ -75,8 +75,8 @@ void norm_forward(const void *x, const void *w, void *y, float *factors, int64_t
     else norm_all(x, w, y, factors, rows, size, eps, 0);
 }
 
-/* dx = f (w g - n mean(w g n)) with n = f x, plus more. */
-INLINE void norm_row_back(const void *g, const void *x, const void *w, const void *more, void *dx, int64_t at, int size,
+/* dx = f (w g - n mean(w g n)) with n = f x, plus what came past the norm. */
+INLINE void norm_row_back(const void *g, const void *x, const void *w, const void *past, void *dx, int64_t at, int size,
                           float factor, const int half) {
     vec products = {0}, scaled, v;
     int i = 0, rest = size % LANES;
@@ -91,29 +91,29 @@ INLINE void norm_row_back(const void *g, const void *x, const void *w, const voi
     float mean = factor * factor * sum(products) / size;
     if (rest) {
         v = factor * (scaled - mean * v);
-        if (more) v = rounded(v, half) + get_some(more, at + i, rest, half);
+        if (past) v = rounded(v, half) + get_some(past, at + i, rest, half);
         put_some(dx, at + i, rest, v, half);
     }
     for (i = 0; i + LANES <= size; i += LANES) {
         scaled = rounded(get(w, i, half) * get(g, at + i, half), half);
         v = factor * (scaled - mean * get(x, at + i, half));
-        if (more) v = rounded(v, half) + get(more, at + i, half);
+        if (past) v = rounded(v, half) + get(past, at + i, half);
         put(dx, at + i, v, half);
     }
 }
 
-INLINE void norm_all_back(const void *g, const void *x, const void *w, const float *factors, const void *more,
+INLINE void norm_all_back(const void *g, const void *x, const void *w, const float *factors, const void *past,
                           void *dx, int64_t rows, int size, const int half) {
 #pragma omp parallel for schedule(static) if (rows * size > SHARE)
     for (int64_t row = 0; row < rows; row++)
-        norm_row_back(g, x, w, more, dx, row * size, size, factors[row], half);
+        norm_row_back(g, x, w, past, dx, row * size, size, factors[row], half);
 }
 
-/* `more` (as dx) is added, unless it is none. */
-void norm_backward(const void *g, const void *x, const void *w, const float *factors, const void *more, void *dx,
+/* `past` (as dx) is added, unless it is none. */
+void norm_backward(const void *g, const void *x, const void *w, const float *factors, const void *past, void *dx,
                    int64_t rows, int32_t size, int32_t half) {
-    if (half) norm_all_back(g, x, w, factors, more, dx, rows, size, 1);
-    else norm_all_back(g, x, w, factors, more, dx, rows, size, 0);
+    if (half) norm_all_back(g, x, w, factors, past, dx, rows, size, 1);
+    else norm_all_back(g, x, w, factors, past, dx, rows, size, 0);
 }
 
 INLINE vec sigmoid(vec x) { return 1.0f / (1.0f + exponential(0.0f - x)); }
