@@ -78,6 +78,17 @@ def test_what_is_no_number_does_not_get_lost():
     assert not torch.isfinite(head.losses(hidden, weight, ids, True)[0]).any()
 
 
+def test_a_word_that_is_impossible():
+    hidden, weight, ids = make(20, 32, 200)
+    weight[7], hidden[3] = -torch.inf, 1.0
+    expected = torch.nn.functional.cross_entropy(
+        hidden.float() @ weight.float().T, ids, reduction="none"
+    )
+    losses, _ = head.losses(hidden, weight, ids, True)
+    assert torch.isfinite(expected[3]) and ids[3] != 7
+    torch.testing.assert_close(losses[3], expected[3], rtol=1e-3, atol=1e-3)
+
+
 def test_no_rows():
     losses, gradient = head.losses(*make(0, 32, 200), True)
     assert losses.shape == (0,) and gradient.shape == (0, 32)

@@ -192,12 +192,14 @@ def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
     if len(parts) == 1:
         return _alone(layers[0], part)
     weights = [part.weight for part in parts]
-    weight = below_each_other(weights)
+    packed = layers[0].packed
+    known = packed is not None and packed.is_of(weights)
+    weight = packed.joint if known else below_each_other(weights)
     biases = [part.bias for part in parts if part.bias is not None]
     if weight is None or len(biases) not in (0, len(parts)):
         return None
     bias = torch.cat(biases) if biases else None
-    return Joined(weight, _packed(layers[0], weights), bias, parts)
+    return Joined(weight, packed if known else _packed(layers[0], weights), bias, parts)
 
 
 def _alone(layer: FastLoraLinear, part: Part) -> Joined:

@@ -33,6 +33,7 @@ class PackedWeight:
 
     def __init__(self, weights: Sequence[torch.Tensor], joint: torch.Tensor) -> None:
         self.held, self.stamps = [weight.detach() for weight in weights], _stamps(weights)
+        self.joint = joint.detach()
         self.ahead, self.back = _pack(joint), _pack(joint.t().contiguous())
 
     def is_of(self, weights: Sequence[torch.Tensor]) -> bool:

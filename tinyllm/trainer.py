@@ -30,6 +30,7 @@ from tinyllm.rank_share import share_rows
 from tinyllm.row_search import ids_of, rows_text
 from tinyllm.saving import SavingTrainer
 from tinyllm.settings import SftArguments
+from tinyllm.zero_grad import quick_zero_grad
 
 NO_GRADIENT = (
     "step 1: every gradient is zero, so nothing would be learned; is a part of the model frozen that "
@@ -168,11 +169,13 @@ class SftTrainer(SavingTrainer):
             self.trained = [p for p in model.parameters() if p.requires_grad]
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, model, *args, **kwargs) -> None:
         """As ever, with weights laid out for their products; here nothing will move or change them."""
         if self.packs_weights:
             pack_projections(self.causal_model)
-        super()._run_epoch(*args, **kwargs)
+        wrapped = model is not self.model
+        with contextlib.nullcontext() if wrapped else quick_zero_grad(model, self.optimizer):
+            super()._run_epoch(model, *args, **kwargs)
 
     def bytes_of_packing(self) -> int:
         """What the laid-out weights take during training; 0 where there are none."""

@@ -62,18 +62,30 @@ INLINE void write_row(void *x, int64_t at, const float *from, int size, const in
     if (i < size) put_some(x, at + i, size - i, load(from + i), half);
 }
 
-/* The rotation of pairs (i, i + size / 2) (Su et al. 2021, arXiv:2104.09864, equation 34, in the order of
- * pairs of transformers), and its transpose, which brings a gradient back. */
-INLINE void rotate(float *row, const float *cos, const float *sin, int size, const int back) {
+/* The same rows with the rotation of pairs (i, i + size / 2) (Su et al. 2021, arXiv:2104.09864, equation 34, in the
+ * order of pairs of transformers), and with its transpose, which brings a gradient back. */
+INLINE void read_rotated(const void *x, int64_t at, float *to, const float *cos, const float *sin, int size, int wide,
+                         const int half) {
+    int middle = size / 2;
+    store(to + wide - LANES, (vec){0});
+    for (int i = 0; i < middle; i += LANES) {
+        int num = middle - i < LANES ? middle - i : LANES;
+        vec left = get_some(x, at + i, num, half), right = get_some(x, at + i + middle, num, half);
+        vec one = left * get_some(cos, i, num, 0), two = right * get_some(cos, i + middle, num, 0);
+        one -= right * get_some(sin, i, num, 0), two += left * get_some(sin, i + middle, num, 0);
+        put_some(to, i, num, one, 0), put_some(to, i + middle, num, two, 0);
+    }
+}
+
+INLINE void write_rotated_back(void *x, int64_t at, const float *from, const float *cos, const float *sin, int size,
+                               const int half) {
     int middle = size / 2;
     for (int i = 0; i < middle; i += LANES) {
         int num = middle - i < LANES ? middle - i : LANES;
-        vec x = get_some(row, i, num, 0), y = get_some(row, i + middle, num, 0);
-        vec first = get_some(sin, i, num, 0), second = get_some(sin, i + middle, num, 0);
-        vec one = x * get_some(cos, i, num, 0), two = y * get_some(cos, i + middle, num, 0);
-        if (back) one += y * second, two -= x * first;
-        else one -= y * first, two += x * second;
-        put_some(row, i, num, one, 0), put_some(row, i + middle, num, two, 0);
+        vec left = get_some(from, i, num, 0), right = get_some(from, i + middle, num, 0);
+        vec one = left * get_some(cos, i, num, 0), two = right * get_some(cos, i + middle, num, 0);
+        one += right * get_some(sin, i + middle, num, 0), two -= left * get_some(sin, i, num, 0);
+        put_some(x, at + i, num, one, half), put_some(x, at + i + middle, num, two, half);
     }
 }
 
@@ -81,19 +93,19 @@ INLINE void rotate(float *row, const float *cos, const float *sin, int size, con
 INLINE void read_head(const void *x, int64_t first, int num, int64_t row_size, int head, const Attention *a,
                       const Scratch *s, float *to, int rows, const float *cos, const float *sin, const int half) {
     for (int i = 0; i < num; i++) {
-        float *row = to + (int64_t)i * s->wide;
-        read_row(x, (first + i) * row_size + head * a->size, row, a->size, s->wide, half);
-        if (cos) rotate(row, cos + (int64_t)i * s->wide, sin + (int64_t)i * s->wide, a->size, 0);
+        int64_t from = (first + i) * row_size + head * a->size, at = (int64_t)i * s->wide;
+        if (cos) read_rotated(x, from, to + at, cos + at, sin + at, a->size, s->wide, half);
+        else read_row(x, from, to + at, a->size, s->wide, half);
     }
     memset(to + (int64_t)num * s->wide, 0, 4 * (size_t)(rows - num) * s->wide);
 }
 
 INLINE void write_head(void *x, int64_t first, int num, int64_t row_size, int head, const Attention *a,
-                       const Scratch *s, float *from, const float *cos, const float *sin, const int half) {
+                       const Scratch *s, const float *from, const float *cos, const float *sin, const int half) {
     for (int i = 0; i < num; i++) {
-        float *row = from + (int64_t)i * s->wide;
-        if (cos) rotate(row, cos + (int64_t)i * s->wide, sin + (int64_t)i * s->wide, a->size, 1);
-        write_row(x, (first + i) * row_size + head * a->size, row, a->size, half);
+        int64_t to = (first + i) * row_size + head * a->size, at = (int64_t)i * s->wide;
+        if (cos) write_rotated_back(x, to, from + at, cos + at, sin + at, a->size, half);
+        else write_row(x, to, from + at, a->size, half);
     }
 }
 
