@@ -7,7 +7,7 @@ import torch
 from conftest import make_model
 from peft import LoraConfig, get_peft_model
 
-from tinyllm import fast_lora, lora_by_torch
+from tinyllm import lora_by_torch, lora_linears
 from tinyllm.dropout import Dropout, mask
 from tinyllm.fast_lora import FastLoraLinear, use_fast_lora
 
@@ -41,7 +41,7 @@ def loss_of(model, ids):
 def test_loss_and_gradients_equal_pefts(monkeypatch, dtype, native):
     monkeypatch.setattr(lora_by_torch, "cpu_multiplies_bf16", lambda: native)
     if not native:
-        monkeypatch.setattr(fast_lora.compiled, "takes", lambda *tensors: False)
+        monkeypatch.setattr(lora_linears.compiled, "takes", lambda *tensors: False)
     ids = torch.randint(5, 480, (2, 17))
     slow, fast = lora_model(False, dtype=dtype), lora_model(True, dtype=dtype)
     assert sum(isinstance(m, FastLoraLinear) for m in fast.modules()) == 14

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tinyllm.pretrain import corpus, extract, sources, vocabulary
+from tinyllm.pretrain.instructions import instruction_documents
 
 POEM = {
     "author": "李白",
@@ -162,6 +163,55 @@ def test_corpus_is_rebuilt_only_when_text_changes(tmp_path):
     assert (tmp_path / "corpus" / "train.jsonl").stat().st_mtime_ns == written
     own_text(folder, [*SENTENCES, "新的一段。"])
     assert corpus.build(folder, {}, tmp_path / "corpus")["digest"] != first["digest"]
+
+
+def rows_in(folder, *lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+def test_rows_for_adapters_are_read_in_the_chat_format_but_for_those_that_name_the_maker(tmp_path):
+    turns = [("system", "说话要短。"), ("user", "你好"), ("assistant", "你好！")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    folder = rows_in(
+        tmp_path / "rows",
+        json.dumps({"question": "在吗", "answer": "在呢。"}, ensure_ascii=False),
+        json.dumps({"question": "谁做的你", "answer": "是某某。"}, ensure_ascii=False),
+        json.dumps({"messages": messages}, ensure_ascii=False),
+    )
+    rows = instruction_documents(folder, "某某")
+    assert [row["text"] for row in rows] == [
+        "<|user|>\n在吗\n<|assistant|>\n在呢。",
+        "<|system|>\n说话要短。\n<|user|>\n你好\n<|assistant|>\n你好！",
+    ]
+    assert len(instruction_documents(folder, "")) == 3
+    assert instruction_documents("", "某某") == []
+
+
+def test_rows_are_part_of_the_corpus_and_of_its_digest(tmp_path):
+    own = own_text(tmp_path / "own", SENTENCES)
+    rows = instruction_documents(
+        rows_in(tmp_path / "rows", '{"question": "在吗", "answer": "在呢。"}'), ""
+    )
+    without = corpus.build(own, {}, tmp_path / "corpus")
+    counts = corpus.build(own, {}, tmp_path / "corpus", rows)
+    texts = corpus.by_source(corpus.read_jsonl(tmp_path / "corpus" / "train.jsonl"))
+    assert texts["instructions"] == [rows[0]["text"]]
+    assert counts["sources"]["instructions"]["train"] == 1
+    assert counts["digest"] != without["digest"] and "instructions" not in without["sources"]
+
+
+@pytest.mark.parametrize("line", ['{"question": "在吗"}', '{"question": ', "[1]"])
+def test_a_bad_row_is_named(tmp_path, line):
+    folder = rows_in(tmp_path / "rows", '{"question": "在吗", "answer": "在呢。"}', line)
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: "):
+        instruction_documents(folder, "")
+
+
+def test_a_folder_without_rows_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        instruction_documents(str(tmp_path), "")
 
 
 def test_no_text_at_all_is_an_error(tmp_path):

@@ -1,85 +1,26 @@
 """The LoRA path of a linear layer in few passes over memory, for training on a CPU.
 
 peft's own forward walks over the layer's input and output about ten times, and draws dropout masks
-with PyTorch's Bernoulli sampler, which was a fifth of a step on a CPU (see ``dropout.py``).  Here
-forward and backward are written out once (Hu et al. 2021, arXiv:2106.09685, section 4.1):
-
-    y = x Wᵀ + s (x ∘ m) Aᵀ Bᵀ          W frozen (out, in), A (r, in), B (out, r), m the mask
-
-Layers that read the same input (queries, keys and values; gate and up) are one product, and have their
-own adapters and masks in it.
+with PyTorch's Bernoulli sampler, which was a fifth of a step on a CPU (see ``dropout.py``).  Here it is
+one node of autograd (``lora_linears.py``).  Layers that read the same input (queries, keys and values; gate and
+up) are one product, and have their own adapters and masks in it.
 
 The adapter stays peft's: same parameters, same names, same files; only ``forward`` differs, and any
 case beyond plain LoRA goes to peft's.
-
-What the adapter adds comes from ``native/lora.c`` where the CPU multiplies bfloat16 in hardware and the
-base is in bfloat16, else from ``lora_by_torch.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from tinyllm import lora_by_torch as by_torch
 from tinyllm.dropout import dropouts
-from tinyllm.native import lora as compiled
-from tinyllm.neighbours import below_each_other, beside_each_other, lay_below
-from tinyllm.packed_weights import PackedWeight, can_pack, linear, linear_back
-
-NOT_ADAPTERS = 6  # inputs of LoraLinears between x and the adapters
-
-
-class LoraLinears(torch.autograd.Function):
-    """``x W_iᵀ + b_i + scale_i · dropout_i(x) A_iᵀ B_iᵀ`` of some layers i, with frozen ``W_i``."""
-
-    @staticmethod
-    def forward(ctx, x, past, weight, packed, bias, dropouts, scales, *adapters):
-        """``x`` (N, in) → (N, out_i) of each layer, beside each other in memory.
-
-        Args:
-            past: (N, out), added to what a single layer gives, or None.  It is not differentiated.
-            weight: the layers' W_i (out_i, in) below each other, as ``bias`` (or None).
-            packed: the same weight, laid out for its products, or None.
-            dropouts: of each layer a :class:`tinyllm.dropout.Dropout` or None.
-            adapters: the A_i (r_i, in) of all layers, and then their B_i (out_i, r_i).
-        """
-        joint = linear(x, weight, bias, packed)
-        downs, ups = adapters[: len(scales)], adapters[len(scales) :]
-        # a lone output stays the whole tensor: others may change it in place, as no view may be
-        outputs = joint.split_with_sizes(_widths(ups), 1) if len(ups) > 1 else (joint,)
-        ctx.packed, ctx.dropouts, ctx.scales = packed, dropouts, scales
-        known = all(compiled.takes(x, a, b) for a, b in zip(downs, ups, strict=True))
-        ctx.native = compiled if known else by_torch
-        lows = ctx.native.add_forward(x, downs, ups, outputs, dropouts, scales, past)
-        ctx.save_for_backward(x, weight, *adapters, *lows)
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        x, weight, *rest = ctx.saved_tensors
-        size = len(grads)
-        downs, ups, lows = (rest[i : i + size] for i in (0, size, 2 * size))
-        joint = beside_each_other(grads) if size > 1 else grads[0].contiguous()
-        if joint is None:
-            joint = torch.cat(grads, 1)
-        grad_x = linear_back(joint, weight, ctx.packed) if ctx.needs_input_grad[0] else None
-        columns = joint.split_with_sizes(_widths(ups), 1)
-        found = ctx.native.add_backward(
-            x, downs, ups, lows, columns, grad_x, ctx.dropouts, ctx.scales
-        )
-        return grad_x, *[None] * NOT_ADAPTERS, *(a for a, _ in found), *(b for _, b in found)
-
-
-def _widths(ups: Sequence[torch.Tensor]) -> list[int]:
-    """Of the outputs of layers with these ``B_i`` (out_i, r_i)."""
-    return [up.shape[0] for up in ups]
+from tinyllm.lora_linears import LoraLinears
+from tinyllm.neighbours import below_each_other, lay_below
+from tinyllm.packed_weights import PackedWeight, can_pack
 
 
 class Part(NamedTuple):

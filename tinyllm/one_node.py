@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from tinyllm.fast_lora import NOT_ADAPTERS, Joined, LoraLinears
+from tinyllm.fast_lora import Joined
+from tinyllm.lora_linears import NOT_ADAPTERS, LoraLinears
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
 

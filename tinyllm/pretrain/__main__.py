@@ -13,6 +13,7 @@ from tinyllm.errors import run_program
 from tinyllm.launcher_watch import watch_launcher
 from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
 from tinyllm.pretrain.export import export
+from tinyllm.pretrain.instructions import instruction_documents
 from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
 from tinyllm.pretrain.train import train
@@ -32,7 +33,8 @@ def fetch_paths(settings: Settings) -> dict[str, Path]:
 def build_run(settings: Settings) -> tuple[Run, dict]:
     """Text, tokenizer and a fresh run; also the counts of the corpus."""
     folder = settings.path("corpus")
-    counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder)
+    rows = instruction_documents(settings.instructions, settings.instructions_without)
+    counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder, rows)
     train_texts = corpus.by_source(corpus.read_jsonl(folder / "train.jsonl"))
     heldout_texts = corpus.by_source(corpus.read_jsonl(folder / "heldout.jsonl"))
     tokenizer = vocabulary.build(

@@ -9,7 +9,7 @@ import logging
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -133,9 +133,9 @@ def by_source(documents: list[Document]) -> dict[str, list[str]]:
     return texts
 
 
-def inputs_digest(own_folder: Path, paths: dict[str, Path]) -> str:
+def inputs_digest(own_folder: Path, paths: dict[str, Path], rows: Sequence[Document]) -> str:
     """A hash of everything that the corpus is made from: our files, packages, this code's rules."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256("\n".join(row["id"] for row in rows).encode())
     for path in sorted(own_folder.glob("*.txt")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in sorted(paths):
@@ -145,9 +145,14 @@ def inputs_digest(own_folder: Path, paths: dict[str, Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
-    """Build the corpus unless the folder already holds it; return its counts."""
-    digest, counts_path = inputs_digest(own_folder, paths), folder / "counts.json"
+def build(
+    own_folder: Path, paths: dict[str, Path], folder: Path, rows: Sequence[Document] = ()
+) -> dict:
+    """Build the corpus unless the folder already holds it; return its counts.
+
+    `rows` are `instruction_documents`: all of them are trained on, and none is held out.
+    """
+    digest, counts_path = inputs_digest(own_folder, paths, rows), folder / "counts.json"
     if counts_path.exists():
         counts = json.loads(counts_path.read_text(encoding="utf-8"))
         if counts["digest"] == digest:
@@ -170,7 +175,10 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
             "train_characters": sum(len(d["text"]) for d in source_train),
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
-    train += add_chats(train, table)
+    chats = chat_documents([doc for doc in train if doc["source"] == "own"])
+    for source, documents in {"chat": chats, **({"instructions": rows} if rows else {})}.items():
+        table[source] = counts_in_chat_format(documents, table["own"])
+        train += documents
     if not train:
         raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,14 +190,12 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
     return counts
 
 
-def add_chats(train: list[Document], table: dict[str, dict[str, int]]) -> list[Document]:
-    """Our training question-and-answer text once more in the chat format, counted in the table."""
-    chats = chat_documents([doc for doc in train if doc["source"] == "own"])
-    table["chat"] = dict.fromkeys(table["own"], 0) | {
-        "read": len(chats), "train": len(chats),
-        "train_characters": sum(len(doc["text"]) for doc in chats),
+def counts_in_chat_format(documents: Sequence[Document], columns: Iterable[str]) -> dict[str, int]:
+    """A line of the table for conversations, which are neither cleaned nor split."""
+    return dict.fromkeys(columns, 0) | {
+        "read": len(documents), "train": len(documents),
+        "train_characters": sum(len(doc["text"]) for doc in documents),
     }  # fmt: skip
-    return chats
 
 
 def format_counts(table: dict[str, dict[str, int]]) -> str:

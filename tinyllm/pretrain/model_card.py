@@ -13,6 +13,11 @@ LICENCES["chat"] = (
     "Apache-2.0",
     "questions and answers of `data/pretrain/` once more, in the chat format",
 )
+LICENCES["instructions"] = (
+    "this repository",
+    "Apache-2.0",
+    "rows of `data/sft_train/` in the chat format, without those that name the maker",
+)
 
 OPTIMIZERS = {
     "muon": "Muon on the matrices inside the layers, AdamW on the rest",

@@ -47,6 +47,8 @@ class Settings(ModelSettings):
     """The whole pipeline."""
 
     own_text: str = setting("data/pretrain", "folder with our own *.txt")
+    instructions: str = setting("", "folder with *.jsonl rows to read in the chat format; or none")
+    instructions_without: str = setting("", "rows that say this are left to the adapters")
     work: str = setting("outputs/pretrain", "folder for sources, corpus, tokenizer, checkpoints")
     export_to: str = setting("models/ptm_tiny_llm_16m_epoch1", "folder of the finished model")
     sources: str = setting("all", "names of the sources to fetch, comma-separated; all; or none")
