@@ -89,6 +89,12 @@ def test_a_word_that_is_impossible():
     torch.testing.assert_close(losses[3], expected[3], rtol=1e-3, atol=1e-3)
 
 
+def test_a_certain_word_has_no_loss():
+    hidden, weight, ids = make(20, 32, 1)
+    hidden, weight = hidden.round(), weight.sign()  # their products have no roundings
+    assert torch.equal(head.losses(hidden, weight, ids, False)[0], torch.zeros(20))
+
+
 def test_no_rows():
     losses, gradient = head.losses(*make(0, 32, 200), True)
     assert losses.shape == (0,) and gradient.shape == (0, 32)

@@ -91,6 +91,14 @@ CHANGES = {
 }
 
 
+def test_a_weight_that_was_turned_in_its_place_is_another(multiplied):
+    weight = nn.Parameter(torch.randn(32, 32).bfloat16(), requires_grad=False)
+    packed = PackedWeight([weight], weight)
+    assert packed.is_of([weight])
+    weight.data = weight.data.t()
+    assert not packed.is_of([weight])
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj"])
 def test_a_weight_that_has_changed_is_not_taken_for_the_packed_one(change, name):

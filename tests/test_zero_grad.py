@@ -72,6 +72,20 @@ def test_a_copy_has_the_method_of_its_class(model, copied):
     assert not any(p.grad is not None for p in other.parameters())
 
 
+def test_the_method_of_somebody_else_stays(model):
+    calls = []
+    model.zero_grad = lambda set_to_none=True: calls.append(set_to_none)
+    with quick_zero_grad(model, optimizer_of(model)):
+        model.zero_grad()
+    model.zero_grad()
+    assert calls == [True, True]
+
+
+def test_its_attributes_can_be_copied_alone(model):
+    with quick_zero_grad(model, optimizer_of(model)):
+        assert callable(copy.deepcopy(dict(vars(model)))["zero_grad"])
+
+
 def test_it_returns_after_a_fault(model):
     with pytest.raises(KeyError), quick_zero_grad(model, optimizer_of(model)):
         raise KeyError

@@ -140,7 +140,9 @@ def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
     if weight is None or len(biases) not in (0, len(parts)):
         return None
     bias = torch.cat(biases) if biases else None
-    return Joined(weight, packed if known else _packed(layers[0], weights), bias, parts)
+    if not known:  # what was laid out is of other weights, or there is none
+        layers[0].packed = packed = None
+    return Joined(weight, packed, bias, parts)
 
 
 def _alone(layer: FastLoraLinear, part: Part) -> Joined:

@@ -28,7 +28,7 @@ class PackedWeight:
     Args:
         weights: the parameters whose memory ``joint`` is; held, so that no other tensor gets that memory and is
             taken for them.
-        joint: ``W``, bfloat16 on the CPU.
+        joint: ``W``, bfloat16 on the CPU; kept for who needs it as it was.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], joint: torch.Tensor) -> None:
@@ -99,6 +99,6 @@ def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) 
     return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
 
 
-def _stamps(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Where they lie, and how often they were changed in place."""
-    return [(weight.data_ptr(), weight._version) for weight in weights]
+def _stamps(weights: Sequence[torch.Tensor]) -> list[tuple]:
+    """Where and how they lie, and how often they were changed in place."""
+    return [(weight.data_ptr(), weight._version, weight.stride()) for weight in weights]

@@ -91,12 +91,12 @@ static void scale_to(Group *g, int row, floats factors) {
 }
 
 /* 2^x to 3e-6, far below what is left of it as bfloat16: 2^(n + r), and of 2^r for |r| < 0.5 the polynomial of degree
- * 4 with the least relative error. */
+ * 4 with the least relative error that is 1 at 0. */
 INLINE floats power_of_two(floats x) {
     x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x); /* what is no number is the second of two, which it then is */
     floats n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - n;
-    const float rest[] = {0.0559178603f, 0.240247448f, 0.693121815f, 0.999999261f};
-    floats series = _mm512_set1_ps(0.0095701017f);
+    const float rest[] = {0.0559064246f, 0.240240986f, 0.693124193f, 1.0f};
+    floats series = _mm512_set1_ps(0.00958285307f);
     UNROLL for (int i = 0; i < 4; i++) series = _mm512_fmadd_ps(series, r, _mm512_set1_ps(rest[i]));
     return _mm512_scalef_ps(series, n);
 }
@@ -106,7 +106,7 @@ INLINE void exponentiate(Group *g, int row, const float *scores, uint32_t *share
     floats before = _mm512_loadu_ps(g->most + row), most = before, total = _mm512_setzero_ps();
     for (int word = 0; word < num; word++) most = _mm512_max_ps(_mm512_loadu_ps(scores + word * beside), most);
     if (_mm512_cmp_ps_mask(before, most, _CMP_NEQ_UQ)) {
-        floats factors = (floats)exponential((vec)before - (vec)most);
+        floats factors = (floats)exponential((vec)before - (vec)most); /* rounded nowhere, so more exactly */
         if (with_sums) scale_to(g, row, factors);
         _mm512_storeu_ps(g->totals + row, factors * _mm512_loadu_ps(g->totals + row));
         _mm512_storeu_ps(g->most + row, most);

@@ -55,6 +55,7 @@ def facts_of(run: Run, counts: dict) -> dict:
         "steps": run.progress.step, "tokens": run.progress.tokens,
         "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
         "optimizer": run.settings.optimizer, "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
+        "instructions": (run.settings.instructions, run.settings.instructions_without),
     }  # fmt: skip
 
 

@@ -9,13 +9,19 @@ import logging
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from tinyllm.errors import UserError
-from tinyllm.pretrain.extract import EXTRACTORS, Document, chat_documents, own_documents
+from tinyllm.pretrain.extract import (
+    EXTRACTORS,
+    Document,
+    chat_documents,
+    own_documents,
+    question_answer_pairs,
+)
 from tinyllm.pretrain.sources import SOURCES
 
 log = logging.getLogger(__name__)
@@ -27,6 +33,7 @@ WEB_PAGES = {
     "openclaw",
     "debian-handbook",
 }  # with repeated page furniture
+ASKED = re.compile(r"<\|user\|>\n(.*?)\n<\|assistant\|>", re.DOTALL)  # in the chat format
 MIN_HAN_SHARE = 0.2  # of a line of fetched text, white space not counted
 MIN_HAN = 20  # of a fetched document
 REPEATED_LINE = 20  # pages on which a line may stand before it counts as furniture
@@ -133,9 +140,9 @@ def by_source(documents: list[Document]) -> dict[str, list[str]]:
     return texts
 
 
-def inputs_digest(own_folder: Path, paths: dict[str, Path], rows: Sequence[Document]) -> str:
+def inputs_digest(own_folder: Path, paths: dict[str, Path], rows: list[Document] | None) -> str:
     """A hash of everything that the corpus is made from: our files, packages, this code's rules."""
-    digest = hashlib.sha256("\n".join(row["id"] for row in rows).encode())
+    digest = hashlib.sha256("\n".join(row["id"] for row in rows or []).encode())
     for path in sorted(own_folder.glob("*.txt")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in sorted(paths):
@@ -146,11 +153,11 @@ def inputs_digest(own_folder: Path, paths: dict[str, Path], rows: Sequence[Docum
 
 
 def build(
-    own_folder: Path, paths: dict[str, Path], folder: Path, rows: Sequence[Document] = ()
+    own_folder: Path, paths: dict[str, Path], folder: Path, rows: list[Document] | None = None
 ) -> dict:
     """Build the corpus unless the folder already holds it; return its counts.
 
-    `rows` are `instruction_documents`: all of them are trained on, and none is held out.
+    `rows` are `instruction_documents`.  None of them is held out, and those whose question is are left out.
     """
     digest, counts_path = inputs_digest(own_folder, paths, rows), folder / "counts.json"
     if counts_path.exists():
@@ -176,9 +183,12 @@ def build(
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
     chats = chat_documents([doc for doc in train if doc["source"] == "own"])
-    for source, documents in {"chat": chats, **({"instructions": rows} if rows else {})}.items():
-        table[source] = counts_in_chat_format(documents, table["own"])
-        train += documents
+    table["chat"] = counts_in_chat_format(chats, len(chats), table["own"])
+    train += chats
+    if rows:
+        kept = not_held_out(rows, heldout)
+        table["instructions"] = counts_in_chat_format(kept, len(rows), table["own"])
+        train += kept
     if not train:
         raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,10 +200,22 @@ def build(
     return counts
 
 
-def counts_in_chat_format(documents: Sequence[Document], columns: Iterable[str]) -> dict[str, int]:
+def not_held_out(rows: list[Document], heldout: list[Document]) -> list[Document]:
+    """The rows of which no question stands in held-out text of ours."""
+    held = {
+        question
+        for doc in heldout if doc["source"] == "own"
+        for question, _ in question_answer_pairs(doc["text"])
+    }  # fmt: skip
+    return [row for row in rows if held.isdisjoint(ASKED.findall(row["text"]))]
+
+
+def counts_in_chat_format(
+    documents: list[Document], num_read: int, columns: Iterable[str]
+) -> dict[str, int]:
     """A line of the table for conversations, which are neither cleaned nor split."""
     return dict.fromkeys(columns, 0) | {
-        "read": len(documents), "train": len(documents),
+        "read": num_read, "duplicates": num_read - len(documents), "train": len(documents),
         "train_characters": sum(len(doc["text"]) for doc in documents),
     }  # fmt: skip
 

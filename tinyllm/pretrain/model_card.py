@@ -13,23 +13,28 @@ LICENCES["chat"] = (
     "Apache-2.0",
     "questions and answers of `data/pretrain/` once more, in the chat format",
 )
-LICENCES["instructions"] = (
-    "this repository",
-    "Apache-2.0",
-    "rows of `data/sft_train/` in the chat format, without those that name the maker",
-)
-
 OPTIMIZERS = {
     "muon": "Muon on the matrices inside the layers, AdamW on the rest",
     "adamw": "AdamW",
 }
 
 
+def licence_of(source: str, facts: dict) -> tuple[str, str, str]:
+    """Version, licence and content of a text."""
+    if source != "instructions":
+        return LICENCES[source]
+    paths, without = facts["instructions"]
+    content = f"rows of `{paths}` in the chat format"
+    if without:
+        content += f", but for those that say {without}"
+    return "", "that of the rows", content
+
+
 def source_rows(facts: dict) -> str:
     """One table row per text, the most seen first."""
     rows = []
     for source, tokens in sorted(facts["seen"].items(), key=lambda item: -item[1]):
-        version, licence, content = LICENCES[source]
+        version, licence, content = licence_of(source, facts)
         counts = facts["corpus"].get(source, {"train": 0, "train_characters": 0})
         rows.append(
             f"| {source} {version} | {content} | {licence} | {counts['train']:,} | "
