@@ -10,7 +10,7 @@ setup_python requirement.txt
 
 CONFIG="${CONFIG:-configs/ptm_tiny_llm_16m.yaml}"
 TINY_ARGS="
-    --sources none --instructions= --work outputs/pretrain_tiny --export_to outputs/pretrain_tiny/model
+    --sources none --work outputs/pretrain_tiny --export_to outputs/pretrain_tiny/model
     --stage full --max_steps 12 --warmup_steps 2 --vocab_size 2048
     --hidden_size 64 --intermediate_size 128 --num_layers 2 --num_heads 2
     --num_key_value_heads 1 --head_dim 32 --max_length 128 --evaluate_passages 8

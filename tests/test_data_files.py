@@ -10,8 +10,6 @@ import pytest
 from conftest import REPOSITORY
 
 from tinyllm.formats import conversation_of
-from tinyllm.pretrain.instructions import instruction_documents
-from tinyllm.pretrain.settings import parse
 
 TRAIN = [
     REPOSITORY / "data/sft_train/sft_data.jsonl",
@@ -89,15 +87,6 @@ def test_pretraining_text_says_nothing_of_the_assistants_identity():
     """What the adapter teaches must not be known to the base already."""
     for path in (REPOSITORY / "data/pretrain").glob("*.txt"):
         assert MAKER not in path.read_text(encoding="utf-8"), path.name
-
-
-def test_rows_that_the_base_reads_say_nothing_of_the_assistants_identity():
-    settings = parse(["--config", str(REPOSITORY / "configs/ptm_tiny_llm_16m.yaml")])
-    assert settings.instructions == "data/sft_train"
-    read = instruction_documents(
-        str(REPOSITORY / settings.instructions), settings.instructions_without
-    )
-    assert len(read) > 10000 and not [row for row in read if MAKER in row["text"]]
 
 
 def test_held_out_wordings_are_not_in_the_pretraining_text():

@@ -10,9 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from tinyllm.errors import UserError
 from tinyllm.pretrain import corpus, extract, sources, vocabulary
-from tinyllm.pretrain.instructions import instruction_documents
 
 POEM = {
     "author": "李白",
@@ -164,99 +162,6 @@ def test_corpus_is_rebuilt_only_when_text_changes(tmp_path):
     assert (tmp_path / "corpus" / "train.jsonl").stat().st_mtime_ns == written
     own_text(folder, [*SENTENCES, "新的一段。"])
     assert corpus.build(folder, {}, tmp_path / "corpus")["digest"] != first["digest"]
-
-
-def rows_in(folder, *lines):
-    folder.mkdir(exist_ok=True)
-    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder)
-
-
-def test_rows_for_adapters_are_read_in_the_chat_format_but_for_those_that_name_the_maker(tmp_path):
-    turns = [("system", "说话要短。"), ("user", "你好"), ("assistant", "你好！")]
-    messages = [{"role": role, "content": text} for role, text in turns]
-    folder = rows_in(
-        tmp_path / "rows",
-        json.dumps({"question": "在吗", "answer": "在呢。"}, ensure_ascii=False),
-        json.dumps({"question": "谁做的你", "answer": "是某某。"}, ensure_ascii=False),
-        json.dumps({"messages": messages}, ensure_ascii=False),
-    )
-    rows = instruction_documents(folder, "某某")
-    assert [row["text"] for row in rows] == [
-        "<|user|>\n在吗\n<|assistant|>\n在呢。",
-        "<|system|>\n说话要短。\n<|user|>\n你好\n<|assistant|>\n你好！",
-    ]
-    assert len(instruction_documents(folder, "")) == 3
-    assert instruction_documents("", "某某") == []
-
-
-def test_the_maker_is_found_however_the_file_writes_it(tmp_path):
-    named = json.dumps({"question": "谁做的你", "answer": "是某某。"})  # in escapes
-    other = json.dumps({"question": "在吗", "answer": "在呢。", "note": "某某"}, ensure_ascii=False)
-    rows = instruction_documents(rows_in(tmp_path / "rows", named, other), "某某")
-    assert [row["text"] for row in rows] == ["<|user|>\n在吗\n<|assistant|>\n在呢。"]
-
-
-def test_turns_not_to_be_learned_and_spelled_tokens_are_left_out_and_counted(tmp_path, caplog):
-    turns = [
-        {"role": "user", "content": "在吗"},
-        {"role": "assistant", "content": "不在。", "train": False},
-        {"role": "user", "content": "在吗"},
-        {"role": "assistant", "content": "在呢。"},
-    ]
-    folder = rows_in(
-        tmp_path / "rows",
-        json.dumps({"messages": turns}, ensure_ascii=False),
-        json.dumps({"question": "<|user|>", "answer": "在呢。"}, ensure_ascii=False),
-        json.dumps({"question": "你好", "answer": "你好！"}, ensure_ascii=False),
-    )
-    caplog.set_level("INFO")
-    assert len(instruction_documents(folder, "")) == 1
-    assert "3 rows, 1 left out that have turns which are not to be learned" in caplog.text
-    assert "1 left out that spell a special token" in caplog.text
-
-
-def test_a_row_whose_question_is_held_out_is_left_out(tmp_path):
-    own = own_text(tmp_path / "own", [f"问：{i}加{i}是多少？\n答：{2 * i}。" for i in range(400)])
-    lines = [json.dumps({"question": f"{i}加{i}是多少？", "answer": "很多。"}) for i in range(400)]
-    rows = instruction_documents(rows_in(tmp_path / "rows", *lines), "")
-    counts = corpus.build(own, {}, tmp_path / "corpus", rows)["sources"]
-    assert counts["own"]["heldout"] > 0
-    assert counts["instructions"]["duplicates"] == counts["own"]["heldout"]
-    assert counts["instructions"]["train"] == 400 - counts["own"]["heldout"]
-
-
-def test_rows_are_part_of_the_corpus_and_of_its_digest(tmp_path):
-    own = own_text(tmp_path / "own", SENTENCES)
-    rows = instruction_documents(
-        rows_in(tmp_path / "rows", '{"question": "在吗", "answer": "在呢。"}'), ""
-    )
-    without = corpus.build(own, {}, tmp_path / "corpus")
-    counts = corpus.build(own, {}, tmp_path / "corpus", rows)
-    texts = corpus.by_source(corpus.read_jsonl(tmp_path / "corpus" / "train.jsonl"))
-    assert texts["instructions"] == [rows[0]["text"]]
-    assert counts["sources"]["instructions"]["train"] == 1
-    assert counts["digest"] != without["digest"] and "instructions" not in without["sources"]
-
-
-BAD_ROWS = ['{"question": "在吗"}', '{"question": ', "[1]", '{"question": "a", "question": "b"}']
-
-
-@pytest.mark.parametrize("line", [*BAD_ROWS, "[" * 20000])
-def test_a_bad_row_is_named(tmp_path, line):
-    folder = rows_in(tmp_path / "rows", '{"question": "在吗", "answer": "在呢。"}', "", line)
-    with pytest.raises(UserError, match=r"rows\.jsonl:3"):
-        instruction_documents(folder, "")
-
-
-def test_a_folder_without_rows_and_rows_of_which_none_is_left_are_errors(tmp_path):
-    with pytest.raises(UserError, match="holds no"):
-        instruction_documents(str(tmp_path), "")
-    folder = rows_in(tmp_path / "rows", '{"question": "在吗", "answer": "在呢。"}')
-    with pytest.raises(UserError, match=r"none of 1 rows is left: 1 left out that say '在呢'"):
-        instruction_documents(folder, "在呢")
-    with pytest.raises(UserError, match="weight"):
-        instruction_documents(f"{folder}:2", "")
 
 
 def test_no_text_at_all_is_an_error(tmp_path):

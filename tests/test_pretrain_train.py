@@ -62,6 +62,9 @@ def test_yaml_then_command_line_and_types(tmp_path):
     config.write_text("muon_rl: 1\n")
     with pytest.raises(ValueError, match="did you mean muon_lr"):
         parse(["--config", str(config)])
+    config.write_text("own_text:\n")
+    with pytest.raises(ValueError, match="own_text has no value"):
+        parse(["--config", str(config)])
 
 
 def test_shipped_yaml_parses_and_gives_about_16m_parameters():

@@ -13,7 +13,6 @@ from tinyllm.errors import run_program
 from tinyllm.launcher_watch import watch_launcher
 from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
 from tinyllm.pretrain.export import export
-from tinyllm.pretrain.instructions import instruction_documents
 from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
 from tinyllm.pretrain.train import train
@@ -33,8 +32,7 @@ def fetch_paths(settings: Settings) -> dict[str, Path]:
 def build_run(settings: Settings) -> tuple[Run, dict]:
     """Text, tokenizer and a fresh run; also the counts of the corpus."""
     folder = settings.path("corpus")
-    rows = instruction_documents(settings.instructions, settings.instructions_without)
-    counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder, rows)
+    counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder)
     train_texts = corpus.by_source(corpus.read_jsonl(folder / "train.jsonl"))
     heldout_texts = corpus.by_source(corpus.read_jsonl(folder / "heldout.jsonl"))
     tokenizer = vocabulary.build(
@@ -55,7 +53,6 @@ def facts_of(run: Run, counts: dict) -> dict:
         "steps": run.progress.step, "tokens": run.progress.tokens,
         "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
         "optimizer": run.settings.optimizer, "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
-        "instructions": (run.settings.instructions, run.settings.instructions_without),
     }  # fmt: skip
 
 

@@ -15,13 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import UserError
-from tinyllm.pretrain.extract import (
-    EXTRACTORS,
-    Document,
-    chat_documents,
-    own_documents,
-    question_answer_pairs,
-)
+from tinyllm.pretrain.extract import EXTRACTORS, Document, chat_documents, own_documents
 from tinyllm.pretrain.sources import SOURCES
 
 log = logging.getLogger(__name__)
@@ -33,7 +27,6 @@ WEB_PAGES = {
     "openclaw",
     "debian-handbook",
 }  # with repeated page furniture
-ASKED = re.compile(r"<\|user\|>\n(.*?)\n<\|assistant\|>", re.DOTALL)  # in the chat format
 MIN_HAN_SHARE = 0.2  # of a line of fetched text, white space not counted
 MIN_HAN = 20  # of a fetched document
 REPEATED_LINE = 20  # pages on which a line may stand before it counts as furniture
@@ -140,9 +133,9 @@ def by_source(documents: list[Document]) -> dict[str, list[str]]:
     return texts
 
 
-def inputs_digest(own_folder: Path, paths: dict[str, Path], rows: list[Document] | None) -> str:
+def inputs_digest(own_folder: Path, paths: dict[str, Path]) -> str:
     """A hash of everything that the corpus is made from: our files, packages, this code's rules."""
-    digest = hashlib.sha256("\n".join(row["id"] for row in rows or []).encode())
+    digest = hashlib.sha256()
     for path in sorted(own_folder.glob("*.txt")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in sorted(paths):
@@ -152,14 +145,9 @@ def inputs_digest(own_folder: Path, paths: dict[str, Path], rows: list[Document]
     return digest.hexdigest()[:16]
 
 
-def build(
-    own_folder: Path, paths: dict[str, Path], folder: Path, rows: list[Document] | None = None
-) -> dict:
-    """Build the corpus unless the folder already holds it; return its counts.
-
-    `rows` are `instruction_documents`.  None of them is held out, and those whose question is are left out.
-    """
-    digest, counts_path = inputs_digest(own_folder, paths, rows), folder / "counts.json"
+def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
+    """Build the corpus unless the folder already holds it; return its counts."""
+    digest, counts_path = inputs_digest(own_folder, paths), folder / "counts.json"
     if counts_path.exists():
         counts = json.loads(counts_path.read_text(encoding="utf-8"))
         if counts["digest"] == digest:
@@ -182,13 +170,7 @@ def build(
             "train_characters": sum(len(d["text"]) for d in source_train),
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
-    chats = chat_documents([doc for doc in train if doc["source"] == "own"])
-    table["chat"] = counts_in_chat_format(chats, len(chats), table["own"])
-    train += chats
-    if rows:
-        kept = not_held_out(rows, heldout)
-        table["instructions"] = counts_in_chat_format(kept, len(rows), table["own"])
-        train += kept
+    train += add_chats(train, table)
     if not train:
         raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,24 +182,14 @@ def build(
     return counts
 
 
-def not_held_out(rows: list[Document], heldout: list[Document]) -> list[Document]:
-    """The rows of which no question stands in held-out text of ours."""
-    held = {
-        question
-        for doc in heldout if doc["source"] == "own"
-        for question, _ in question_answer_pairs(doc["text"])
+def add_chats(train: list[Document], table: dict[str, dict[str, int]]) -> list[Document]:
+    """Our training question-and-answer text once more in the chat format, counted in the table."""
+    chats = chat_documents([doc for doc in train if doc["source"] == "own"])
+    table["chat"] = dict.fromkeys(table["own"], 0) | {
+        "read": len(chats), "train": len(chats),
+        "train_characters": sum(len(doc["text"]) for doc in chats),
     }  # fmt: skip
-    return [row for row in rows if held.isdisjoint(ASKED.findall(row["text"]))]
-
-
-def counts_in_chat_format(
-    documents: list[Document], num_read: int, columns: Iterable[str]
-) -> dict[str, int]:
-    """A line of the table for conversations, which are neither cleaned nor split."""
-    return dict.fromkeys(columns, 0) | {
-        "read": num_read, "duplicates": num_read - len(documents), "train": len(documents),
-        "train_characters": sum(len(doc["text"]) for doc in documents),
-    }  # fmt: skip
+    return chats
 
 
 def format_counts(table: dict[str, dict[str, int]]) -> str:

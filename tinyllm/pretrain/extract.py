@@ -214,8 +214,7 @@ def chat_documents(documents: list[Document]) -> list[Document]:
         alone = [[pair] for pair in pairs if not pair[0].startswith(("那", "还", "它", "他", "她"))]
         for number, conversation in enumerate([pairs, *alone] if pairs else []):
             identity = f"{doc['id']}/{number}"
-            text = render_chat(messages_of(conversation), len(chats) % 2 == 1)
-            chats.append(document("chat", identity, text))
+            chats.append(document("chat", identity, render_chat(conversation, len(chats) % 2 == 1)))
     return chats
 
 
@@ -231,19 +230,12 @@ def question_answer_pairs(text: str) -> list[tuple[str, str]]:
     return list(zip(plain[::2], plain[1::2], strict=True))
 
 
-def messages_of(pairs: list[tuple[str, str]]) -> list[dict]:
-    """Questions and answers as the turns of one conversation."""
-    return [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-
-
-def render_chat(messages: list[dict], with_system: bool) -> str:
-    """A conversation as the chat format writes it, without the end token that closes it;
-    `with_system` gives one without a system turn ours.
-    """
-    if with_system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
+def render_chat(pairs: list[tuple[str, str]], with_system: bool) -> str:
+    """A conversation as the chat format writes it, without the end token that closes it."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}] if with_system else []
+    for question, answer in pairs:
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return render_family(messages, END).removesuffix(END)

@@ -13,28 +13,18 @@ LICENCES["chat"] = (
     "Apache-2.0",
     "questions and answers of `data/pretrain/` once more, in the chat format",
 )
+
 OPTIMIZERS = {
     "muon": "Muon on the matrices inside the layers, AdamW on the rest",
     "adamw": "AdamW",
 }
 
 
-def licence_of(source: str, facts: dict) -> tuple[str, str, str]:
-    """Version, licence and content of a text."""
-    if source != "instructions":
-        return LICENCES[source]
-    paths, without = facts["instructions"]
-    content = f"rows of `{paths}` in the chat format"
-    if without:
-        content += f", but for those that say {without}"
-    return "", "that of the rows", content
-
-
 def source_rows(facts: dict) -> str:
     """One table row per text, the most seen first."""
     rows = []
     for source, tokens in sorted(facts["seen"].items(), key=lambda item: -item[1]):
-        version, licence, content = licence_of(source, facts)
+        version, licence, content = LICENCES[source]
         counts = facts["corpus"].get(source, {"train": 0, "train_characters": 0})
         rows.append(
             f"| {source} {version} | {content} | {licence} | {counts['train']:,} | "

