@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from tinyllm.formats import conversation_of
+from tinyllm.pretrain.patterns import read_patterns
 
 TRAIN = [
     REPOSITORY / "data/sft_train/sft_data.jsonl",
@@ -96,3 +97,11 @@ def test_held_out_wordings_are_not_in_the_pretraining_text():
     lines = {plain(line.removeprefix("问：")) for line in text.splitlines()}
     questions = [row["question"] for row in rows(HELD_OUT) + rows(PROBES)]
     assert not [q for q in questions if plain(q) in lines and len(plain(q)) > 4]
+
+
+def test_nor_can_they_come_from_its_patterns():
+    held_out = {plain(row["question"]) for row in rows(HELD_OUT) + rows(PROBES)}
+    for path in (REPOSITORY / "data/pretrain").glob("patterns_*.txt"):
+        for pattern in read_patterns(path):
+            pairs = pattern.pairs(most=10**6)  # all of them
+            assert not [q for q, _ in pairs if plain(q) in held_out], path.name

@@ -15,7 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import UserError
-from tinyllm.pretrain.extract import EXTRACTORS, Document, chat_documents, own_documents
+from tinyllm.pretrain.extract import (
+    EXTRACTORS,
+    Document,
+    chat_documents,
+    own_documents,
+    pattern_documents,
+)
 from tinyllm.pretrain.sources import SOURCES
 
 log = logging.getLogger(__name__)
@@ -140,7 +146,7 @@ def inputs_digest(own_folder: Path, paths: dict[str, Path]) -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in sorted(paths):
         digest.update(f"{name} {next(s.sha256 for s in SOURCES if s.name == name)}".encode())
-    for module in ("corpus.py", "extract.py"):
+    for module in ("corpus.py", "extract.py", "patterns.py"):
         digest.update(Path(__file__).with_name(module).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -171,6 +177,7 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
     train += add_chats(train, table)
+    train += add_patterns(own_folder, table)
     if not train:
         raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +197,17 @@ def add_chats(train: list[Document], table: dict[str, dict[str, int]]) -> list[D
         "train_characters": sum(len(doc["text"]) for doc in chats),
     }  # fmt: skip
     return chats
+
+
+def add_patterns(folder: Path, table: dict[str, dict[str, int]]) -> list[Document]:
+    """The conversations of our patterns, counted in the table; none of them is held out."""
+    read = pattern_documents(folder)
+    documents = list({doc["text"]: doc for doc in read}.values())
+    table["patterns"] = dict.fromkeys(table["own"], 0) | {
+        "read": len(read), "duplicates": len(read) - len(documents), "train": len(documents),
+        "train_characters": sum(len(doc["text"]) for doc in documents),
+    }  # fmt: skip
+    return documents
 
 
 def format_counts(table: dict[str, dict[str, int]]) -> str:

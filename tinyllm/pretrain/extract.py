@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinyllm.chat_format import render_family
+from tinyllm.pretrain.patterns import read_patterns
 
 Document = dict[str, str]
 
 MAX_POEMS = 6000
+PATTERNS = "patterns_*.txt"
 END = "<|endoftext|>"  # the tokenizer's end token, see vocabulary.py
 # Frequent characters that occur in traditional script only: one is enough to tell a poem.
 TRADITIONAL = set("國來時無見風門東車馬長與為說話學愛親應書萬歲鄉聲處開間還過這個們會對後從當將")
@@ -184,11 +186,26 @@ def own_documents(folder: Path) -> list[Document]:
     """
     documents = []
     for path in sorted(folder.glob("*.txt")):
+        if path.match(PATTERNS):
+            continue
         for text in re.split(r"\n\s*\n", path.read_text(encoding="utf-8").replace("\r", "")):
             if text.strip():
                 # The id follows the text, so added documents never move others between splits.
                 identity = f"{path.stem}/{text_id(text)}"
                 documents.append(document("own", identity, text.strip()))
+    return documents
+
+
+def pattern_documents(folder: Path) -> list[Document]:
+    """A conversation in the chat format for each pair that our patterns give; every second one opens with a
+    system turn.
+    """
+    documents: list[Document] = []
+    for path in sorted(folder.glob(PATTERNS)):
+        for number, pattern in enumerate(read_patterns(path)):
+            for place, pair in enumerate(pattern.pairs()):
+                text = render_chat([pair], len(documents) % 2 == 1)
+                documents.append(document("patterns", f"{path.stem}/{number}/{place}", text))
     return documents
 
 

@@ -13,6 +13,11 @@ LICENCES["chat"] = (
     "Apache-2.0",
     "questions and answers of `data/pretrain/` once more, in the chat format",
 )
+LICENCES["patterns"] = (
+    "this repository",
+    "Apache-2.0",
+    "short conversations from the patterns in `data/pretrain/`, in the chat format",
+)
 
 OPTIMIZERS = {
     "muon": "Muon on the matrices inside the layers, AdamW on the rest",

