@@ -29,18 +29,22 @@ def flops_of_step(
     """Floating-point operations that an optimizer step cannot do without.
 
     Two a weight and token forward, two more for the gradient of the input; a frozen weight has no
-    gradient of its own, LoRA's matrices have.  The head counts only where a token is supervised.
-    Attention scores, norms and the optimizer are left out, so the share is a little understated.
+    gradient of its own, LoRA's matrices have.  What queries, keys and values of the first layer read has
+    no gradient; behind the attention of the last layer, and under the head, only a supervised
+    token counts.  Attention scores, norms and the optimizer are left out, so the share is a little understated.
 
     Args:
-        linears: ``(in, out)`` of the adapted linear layers of one layer.
+        linears: ``(in, out)`` of the adapted linear layers of one layer: queries, keys, values, and the rest.
         head: ``(hidden, vocabulary)``.
         tokens: real tokens of a step, no padding.
         supervised: tokens of a step that have a label.
     """
-    frozen = num_layers * sum(a * b for a, b in linears)
-    lora = num_layers * sum(rank * (a + b) for a, b in linears)
-    return tokens * (4 * frozen + 6 * lora) + supervised * 4 * head[0] * head[1]
+    before, behind = (
+        sum(4 * a * b + 6 * rank * (a + b) for a, b in part) for part in (linears[:3], linears[3:])
+    )
+    needless = sum(2 * a * b + 2 * rank * a for a, b in linears[:3])
+    layers = num_layers * before + (num_layers - 1) * behind
+    return tokens * (layers - needless) + supervised * (behind + 4 * head[0] * head[1])
 
 
 def main() -> int:

@@ -96,7 +96,8 @@ def test_layers_with_one_input_are_as_one_after_the_other(processor, rows):
         one[2] = [grads[i]]
         ((own_da, own_db),) = lora.add_backward(x, *one[:2], [low], one[2], dx_alone, *one[3:])
         assert torch.equal(da, own_da) and torch.equal(db, own_db)
-    assert torch.equal(dx_together, dx_alone)
+    # rounded once after all layers, and after each of them
+    assert (dx_together - dx_alone).float().norm() < 1e-2 * dx_alone.float().norm()
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
@@ -127,3 +128,85 @@ def test_what_it_does_not_take():
     assert not lora.takes(x[:, :30].contiguous(), a[:, :30].contiguous(), b)
     assert not lora.takes(x[:8].t(), a[:, :8].contiguous(), b)
     assert not lora.takes(x, a, b[:21].contiguous())
+
+
+def joint(rows, width, outs, rank=8):
+    """Layers with one input: x, their weights, biases, adapters, and gradients beside each other."""
+    torch.manual_seed(0)
+    x, grads = torch.randn(rows, width).bfloat16(), torch.randn(rows, sum(outs)).bfloat16()
+    weights = [torch.randn(out, width).bfloat16() for out in outs]
+    downs = [torch.randn(rank, width) for _ in outs]
+    ups = [torch.randn(out, rank) for out in outs]
+    return x, weights, torch.randn(sum(outs)).bfloat16(), downs, ups, grads
+
+
+LAYERS = [
+    (70, 120, (120, 120, 120), 20),
+    (0, 64, (32,)),
+    (1, 64, (34,)),
+    (200, 36, (96, 40)),
+    (8, 384, (32, 2, 64)),
+    (67, 100, (700,)),
+]
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_layer_and_adapter_at_once(processor, shape, with_bias):
+    x, weights, bias, downs, ups, grads = joint(*shape)
+    bias, scales, drops = bias if with_bias else None, [0.5] * len(ups), [Dropout(0.3)] * len(ups)
+    outs = list(shape[2])
+    strips = lora.strips_of(weights)
+    y, dx = (
+        torch.full_like(grads, torch.nan),
+        torch.full_like(x, torch.nan),
+    )  # written, not added to
+    outputs, columns = y.split(outs, 1), grads.split(outs, 1)
+    lows = lora.add_forward(x, downs, ups, outputs, drops, scales, None, strips, bias)
+    found = lora.add_backward(x, downs, ups, lows, columns, dx, drops, scales, strips)
+
+    weight = torch.cat(weights).double()
+    known_y = (x.double() @ weight.T + (0 if bias is None else bias.double())).bfloat16()
+    known_dx = (grads.double() @ weight).bfloat16()
+    known_lows = lora.add_forward(x, downs, ups, known_y.split(outs, 1), drops, scales)
+    known = lora.add_backward(x, downs, ups, lows, columns, known_dx, drops, scales)
+    for one, other in ((y, known_y), (dx, known_dx)):
+        assert (one.float() - other.float()).norm() <= 5e-3 * other.float().norm()
+        torch.testing.assert_close(one, other, atol=0.5, rtol=2e-2)
+    assert all(torch.equal(a, b) for a, b in zip(lows, known_lows, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sum(found, ()), sum(known, ()), strict=True))
+
+
+def test_layer_and_adapter_and_what_comes_past():
+    x, weights, bias, downs, ups, grads = joint(37, 64, (36,))
+    strips, past, drops = lora.strips_of(weights), grads.flip(0), [Dropout(0.3)]
+    without, with_past = torch.empty(2, 37, 36).bfloat16()
+    for to, more in ((without, None), (with_past, past)):
+        lora.add_forward(x, downs, ups, [to], drops, [0.5], more, strips, bias)
+    assert torch.equal(with_past, without + past)
+
+
+def test_strips_are_read_from_weights_that_lie_anyhow():
+    numbers = torch.randn(34 * 8 + 1).bfloat16()
+    expected = lora.strips_of([numbers[1:].clone().view(34, 8)])
+    for weight in (numbers[1:].view(34, 8), numbers[1:].view(34, 8).t().contiguous().t()):
+        found = lora.strips_of([weight])
+        assert torch.equal(found.ahead[0], expected.ahead[0])
+        assert torch.equal(found.back, expected.back)
+
+
+def test_strips_hold_all_numbers_and_zeros():
+    weights = [torch.arange(1, 34 * 8 + 1).view(34, 8).bfloat16(), torch.ones(2, 8).bfloat16()]
+    strips = lora.strips_of(weights)
+    assert [t.shape for t in strips.ahead] == [(2, 4, 32), (1, 4, 32)] and strips.back.shape == (
+        1,
+        18,
+        32,
+    )
+    halves = (
+        strips.ahead[0].view(torch.bfloat16).unflatten(2, (32, 2))
+    )  # (strip, pair, column, which)
+    assert torch.equal(halves.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[:34], weights[0])
+    assert not halves[1, :, 2:].any()
+    halves = strips.back.view(torch.bfloat16).unflatten(2, (32, 2))[0]  # (pair, column, which)
+    assert torch.equal(halves.transpose(1, 2).flatten(0, 1)[:, :8], torch.cat(weights))

@@ -23,6 +23,7 @@ from tinyllm.fused_layers import (
     join_projections,
     use_fused_layers,
 )
+from tinyllm.fused_model import FusedModel
 from tinyllm.native import attention, head, lora, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
@@ -189,9 +190,9 @@ def test_whole_models_have_the_same_loss_and_gradients(name, joins, dtype, used)
         assert use_packed_attention(base)
         if fused:
             number = use_fused_layers(base)
-            kinds = FusedNorm | FusedMlp | FusedAttention | FusedLayer
+            kinds = FusedNorm | FusedMlp | FusedAttention | FusedLayer | FusedModel
             assert number == sum(isinstance(m, kinds) for m in base.modules())
-            assert number >= 2 * 2 + 1 + 2 + 2 + 2
+            assert number >= 2 * 2 + 1 + 2 + 2 + 2 + 1
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         use_fast_lora(config)
         torch.manual_seed(1)
@@ -239,7 +240,7 @@ def test_odd_sizes_and_autocast_take_the_ordinary_way(used):
 
 def make_fused():
     model = make_model().requires_grad_(False)
-    assert use_fused_layers(model) == 11 and use_fused_layers(model) == 0
+    assert use_fused_layers(model) == 12 and use_fused_layers(model) == 0
     return model
 
 

@@ -88,7 +88,12 @@ def test_names_of_candidates_are_unique():
 
 def test_operations_are_counted_from_the_shape():
     # one layer with one 2 x 3 matrix, rank 1, a head of 2 x 10; 5 tokens, 2 of them supervised
-    assert flops_of_step([(2, 3)], 1, (2, 10), 1, 5, 2) == 5 * (4 * 6 + 6 * 5) + 2 * 4 * 20
+    qkv, rest = [(2, 3), (2, 1), (2, 1)], [(3, 2)]
+    before, behind = 4 * 10 + 6 * 11, 4 * 6 + 6 * 5
+    needless = 2 * 10 + 2 * 6
+    one_layer = 5 * (before - needless) + 2 * (behind + 4 * 20)
+    assert flops_of_step(qkv + rest, 1, (2, 10), 1, 5, 2) == one_layer
+    assert flops_of_step(qkv + rest, 3, (2, 10), 1, 5, 2) == one_layer + 2 * 5 * (before + behind)
     embedded = SHAPES["embedded"]
     assert sum(a * b for a, b in embedded.linears) == 384 * (384 * 2 + 192 * 2 + 1024 * 3)
 

@@ -20,7 +20,7 @@ from torch import nn
 from tinyllm.dropout import dropouts
 from tinyllm.lora_linears import LoraLinears
 from tinyllm.neighbours import below_each_other, lay_below
-from tinyllm.packed_weights import PackedWeight, can_pack
+from tinyllm.packed_weights import PackedWeight, can_pack, in_strips, works
 
 
 class Part(NamedTuple):
@@ -93,9 +93,10 @@ class FastLoraLinear(PeftLinear):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see when a module is called, forwards or backwards."""
+    """Whether somebody wants to see when a module is called, forwards or backwards, or took the call over."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -140,7 +141,7 @@ def joined(x: torch.Tensor, *layers: torch.nn.Module) -> Joined | None:
     if weight is None or len(biases) not in (0, len(parts)):
         return None
     bias = torch.cat(biases) if biases else None
-    if not known:  # what was laid out is of other weights, or there is none
+    if packed is not None and not known:  # what was laid out is of other weights
         layers[0].packed = packed = None
     return Joined(weight, packed, bias, parts)
 
@@ -189,7 +190,18 @@ def pack(*layers: torch.nn.Module) -> None:
         for layer in layers:
             pack(layer)
     elif _packed(layers[0], weights) is None:
-        layers[0].packed = PackedWeight(weights, joint)
+        layers[0].packed = PackedWeight(weights, joint, all(map(multiplies_in_strips, layers)))
+
+
+def multiplies_in_strips(layer: torch.nn.Module) -> bool:
+    """Whether a layer that can be packed is computed by ``native/lora.c``, with its adapters."""
+    base, bias = layer.base_layer, layer.base_layer.bias
+    parts = [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
+    return (
+        in_strips([base.weight])
+        and (bias is None or (bias.dtype == base.weight.dtype and bias.is_contiguous()))
+        and all(part.dtype == torch.float32 and part.is_contiguous() for part in parts)
+    )
 
 
 def can_be_packed(layer: torch.nn.Module) -> bool:
@@ -199,6 +211,7 @@ def can_be_packed(layer: torch.nn.Module) -> bool:
         and type(layer.base_layer) is nn.Linear
         and not layer.lora_variant
         and can_pack(layer.base_layer.weight)
+        and (multiplies_in_strips(layer) or works())
     )
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from tinyllm.attention import PACKED_SDPA
-from tinyllm.fast_lora import can_be_packed, has_hooks, joined, lay_together, pack, project
+from tinyllm.fast_lora import (
+    can_be_packed,
+    has_hooks,
+    joined,
+    lay_together,
+    multiplies_in_strips,
+    pack,
+    project,
+)
+from tinyllm.fused_model import FusedModel
 from tinyllm.native import attention, pointwise
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
@@ -25,7 +34,7 @@ NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 LAYERS = ("LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "Qwen3Attention", "MistralAttention")
-LONG = 1024  # tokens of an example, from which on idle threads cost more than is gained
+MODELS = ("LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel")
 ACTIVATIONS = ("SiLU", "SiLUActivation")
 
 
@@ -84,7 +93,8 @@ class FusedAttention(nn.Module):
             and (window is None or kwargs["max_length_q"] <= window)
             and not (self.training and self.attention_dropout)
             and (
-                kwargs["max_length_q"] <= LONG  # else each thread must find an example's head
+                kwargs["max_length_q"]
+                <= attention.LONG  # else each thread must find an example's head
                 or (len(starts) - 1) * config.num_key_value_heads >= torch.get_num_threads()
             )
             and _suits(hidden_states, *kwargs["position_embeddings"])
@@ -97,13 +107,17 @@ class FusedLayer(nn.Module):
     and each step is compiled.
     """
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        parts = None if args else self._parts(hidden_states, kwargs)
+    def forward(self, hidden_states: torch.Tensor, *args, keep=None, **kwargs) -> torch.Tensor:
+        """As ever, or what it gives at the positions ``keep`` ``(n,)``."""
+        parts = None if args else self.parts(hidden_states, kwargs)
         if parts is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            found = super().forward(hidden_states, *args, **kwargs)
+            return found if keep is None else found[:, keep]
+        parts = parts._replace(keep=keep)
         return DecoderLayer.apply(hidden_states.squeeze(0), parts, *parts.adapters()).unsqueeze(0)
 
-    def _parts(self, x: torch.Tensor, kwargs: dict) -> LayerParts | None:
+    def parts(self, x: torch.Tensor, kwargs: dict) -> LayerParts | None:
+        """What the layer computes with, for ``x`` (1, N, H); None where it cannot be one node."""
         attention, mlp = self.self_attn, self.mlp
         norms = [self.input_layernorm, self.post_attention_layernorm]
         if hasattr(attention, "q_norm"):
@@ -174,6 +188,14 @@ def pack_projections(model: nn.Module) -> bool:
     return bool(layers)
 
 
+def all_in_strips(model: nn.Module) -> bool:
+    """Whether, once packed, no product of a causal model's decoder in training is oneDNN's."""
+    layers = _to_pack(model)
+    inside = {part for layer in layers for part in layer.modules()}
+    others = [m for m in model.base_model.modules() if isinstance(m, nn.Linear) and m not in inside]
+    return bool(layers) and not others and all(map(multiplies_in_strips, layers))
+
+
 def bytes_of_packing(model: nn.Module) -> int:
     """What :func:`pack_projections` takes; 0 where it would do nothing."""
     return _copies_of(_to_pack(model))
@@ -201,7 +223,7 @@ def _reading_one_input(model: nn.Module) -> Iterator[tuple[nn.Module, ...]]:
 def _forward_for(module: nn.Module) -> type | None:
     """The faster forward for a layer; None for one that is another, or has it already."""
     name, origin = type(module).__name__, type(module).__module__
-    fused = isinstance(module, FusedNorm | FusedMlp | FusedAttention | FusedLayer)
+    fused = isinstance(module, FusedNorm | FusedMlp | FusedAttention | FusedLayer | FusedModel)
     if not origin.startswith("transformers.models.") or fused:
         return None
     if name in MLPS and type(module.act_fn).__name__ in ACTIVATIONS:
@@ -210,6 +232,8 @@ def _forward_for(module: nn.Module) -> type | None:
         return FusedAttention
     if name in LAYERS:
         return FusedLayer
+    if name in MODELS:
+        return FusedModel
     return FusedNorm if name in NORMS else None
 
 

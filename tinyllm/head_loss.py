@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tinyllm.fused_model import FusedModel
 from tinyllm.native import head as compiled
 from tinyllm.native import pointwise
 
@@ -137,5 +138,9 @@ def frozen_head_loss(
         positions: where something is predicted, ``(n,)``.
         ids: what is predicted there, ``(n,)``.
     """
-    hidden = model.base_model(**inputs).last_hidden_state[0]
-    return FrozenHeadLoss.apply(hidden[positions], model.get_output_embeddings().weight, ids)
+    decoder = model.base_model
+    if isinstance(decoder, FusedModel):
+        hidden = decoder(**inputs, keep=positions).last_hidden_state[0]
+    else:
+        hidden = decoder(**inputs).last_hidden_state[0, positions]
+    return FrozenHeadLoss.apply(hidden, model.get_output_embeddings().weight, ids)

@@ -37,14 +37,19 @@ class LoraLinears(torch.autograd.Function):
             dropouts: of each layer a :class:`tinyllm.dropout.Dropout` or None.
             adapters: the A_i (r_i, in) of all layers, and then their B_i (out_i, r_i).
         """
-        joint = linear(x, weight, bias, packed)
         downs, ups = adapters[: len(scales)], adapters[len(scales) :]
-        # a lone output stays the whole tensor: others may change it in place, as no view may be
-        outputs = joint.split_with_sizes(_widths(ups), 1) if len(ups) > 1 else (joint,)
-        ctx.packed, ctx.dropouts, ctx.scales = packed, dropouts, scales
         known = all(compiled.takes(x, a, b) for a, b in zip(downs, ups, strict=True))
         ctx.native = compiled if known else by_torch
-        lows = ctx.native.add_forward(x, downs, ups, outputs, dropouts, scales, past)
+        same = bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+        strips = packed.strips if known and same and packed is not None else None
+        joint = (
+            linear(x, weight, bias, packed) if strips is None else x.new_empty(len(x), len(weight))
+        )
+        # a lone output stays the whole tensor: others may change it in place, as no view may be
+        outputs = joint.split_with_sizes(_widths(ups), 1) if len(ups) > 1 else (joint,)
+        ctx.packed, ctx.strips, ctx.dropouts, ctx.scales = packed, strips, dropouts, scales
+        more = () if strips is None else (strips, bias)
+        lows = ctx.native.add_forward(x, downs, ups, outputs, dropouts, scales, past, *more)
         ctx.save_for_backward(x, weight, *adapters, *lows)
         return outputs
 
@@ -57,11 +62,15 @@ class LoraLinears(torch.autograd.Function):
         joint = beside_each_other(grads) if size > 1 else grads[0].contiguous()
         if joint is None:
             joint = torch.cat(grads, 1)
-        grad_x = linear_back(joint, weight, ctx.packed) if ctx.needs_input_grad[0] else None
-        columns = joint.split_with_sizes(_widths(ups), 1)
+        grad_x, strips, columns = None, ctx.strips, joint.split_with_sizes(_widths(ups), 1)
+        if ctx.needs_input_grad[0]:
+            grad_x = (
+                linear_back(joint, weight, ctx.packed) if strips is None else torch.empty_like(x)
+            )
         found = ctx.native.add_backward(
-            x, downs, ups, lows, columns, grad_x, ctx.dropouts, ctx.scales
-        )
+            x, downs, ups, lows, columns, grad_x, ctx.dropouts, ctx.scales,
+            *([] if strips is None else [strips]),
+        )  # fmt: skip
         return grad_x, *[None] * NOT_ADAPTERS, *(a for a, _ in found), *(b for _, b in found)
 
 

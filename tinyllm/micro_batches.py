@@ -6,6 +6,7 @@ import copy
 
 import torch
 
+from tinyllm.packed_weights import FILLED
 from tinyllm.settings import SftArguments
 
 # Tokens of a micro-batch on a CPU.  Small layers need 1,024 to outweigh the calls around them (12 to
@@ -13,9 +14,6 @@ from tinyllm.settings import SftArguments
 # and 30 layers a step of 660 tokens takes 10 % less in one piece, and 120 MiB more).
 NARROW_CPU_TOKENS, WIDE_CPU_TOKENS = 1024, 768
 NARROW = 512
-# oneDNN, which multiplies bfloat16 on a CPU, prepares its products anew for each number of tokens and
-# keeps what it prepared; float32 products are MKL's.
-FILLED = 64
 
 
 def most_tokens(args: SftArguments, model, max_length: int) -> int:
@@ -28,7 +26,9 @@ def most_tokens(args: SftArguments, model, max_length: int) -> int:
 
 
 def filled_up_to(args: SftArguments, model) -> int:
-    """Of what number a packed micro-batch has a multiple of tokens."""
+    """Of what number a packed micro-batch has a multiple of tokens, where oneDNN multiplies; float32 products are
+    MKL's.
+    """
     in_bf16 = next(model.parameters()).dtype == torch.bfloat16
     return FILLED if args.fill_rows and in_bf16 and args.device.type == "cpu" else 1
 

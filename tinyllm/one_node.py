@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from tinyllm.fast_lora import Joined
 from tinyllm.lora_linears import NOT_ADAPTERS, LoraLinears
 from tinyllm.native.attention import PackedAttention
 from tinyllm.native.pointwise import RmsNorm, SiluGate
+from tinyllm.packed_weights import FILLED
 
 
 class Norm(NamedTuple):
@@ -32,6 +34,7 @@ class LayerParts(NamedTuple):
         head_norms: of queries and keys, where the family has them.
         head_dim: size of an attention head.
         attend: what :class:`PackedAttention` takes behind queries, keys and values.
+        keep: ``(n,)`` positions whose results are wanted, n > 0, none of them twice, or None for all.
     """
 
     first_norm: Norm
@@ -43,11 +46,18 @@ class LayerParts(NamedTuple):
     out: Joined
     gate_up: Joined
     down: Joined
+    keep: torch.Tensor | None = None
 
     def adapters(self) -> list[torch.nn.Parameter]:
         """Of all layers, in the order of their use."""
         linears = (self.qkv, self.out, self.gate_up, self.down)
         return [adapter for joined in linears for adapter in joined.adapters()]
+
+    def is_prepared(self) -> bool:
+        """Whether the products behind the attention are prepared for a number of rows: oneDNN's in bfloat16."""
+        linears = (self.out, self.gate_up, self.down)
+        strips = all(one.packed is not None and one.packed.strips is not None for one in linears)
+        return self.out.weight.dtype == torch.bfloat16 and not strips
 
 
 class Step:
@@ -95,13 +105,18 @@ class DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, parts: LayerParts, *adapters):
-        """``x`` (N, H) → (N, H).  ``adapters`` are those of ``parts``, for autograd to see."""
+        """``x`` (N, H) → (N, H), or (n, H) of the positions to keep.  ``adapters`` are those of ``parts``, for
+        autograd to see.
+        """
         steps, x = Steps(), x.contiguous()  # compiled code adds it to what the layer gives
         attended = _attention(steps, x, parts, ctx.needs_input_grad[0])
         found = _mlp(steps, attended, parts)
         ctx.save_for_backward(*steps.tensors)
         steps.tensors = ()
-        ctx.steps = steps
+        ctx.steps, ctx.num_filled = steps, 0
+        if parts.keep is not None:
+            ctx.num_filled = len(found) - len(parts.keep)
+            found = found[: len(parts.keep)]
         return found
 
     @staticmethod
@@ -110,11 +125,36 @@ class DecoderLayer(torch.autograd.Function):
         steps = ctx.steps
         steps.tensors = ctx.saved_tensors
         try:
-            grad_attended, of_mlp = _mlp_back(steps, grad.contiguous())
+            grad = F.pad(grad, (0, 0, 0, ctx.num_filled)) if ctx.num_filled else grad.contiguous()
+            grad_attended, of_mlp = _mlp_back(steps, grad)
             grad_x, of_attention = _attention_back(steps, grad_attended, ctx.needs_input_grad[0])
         finally:
             steps.tensors = ()
         return grad_x, None, *of_attention, *of_mlp
+
+
+class Kept(torch.autograd.Function):
+    """Rows of a tensor; the gradient of the others is 0."""
+
+    @staticmethod
+    def forward(ctx, x, keep, multiple):
+        """``x`` (N, H) → :func:`kept` rows of it."""
+        ctx.save_for_backward(keep)
+        ctx.num_rows = len(x)
+        return kept(x, keep, multiple)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (keep,) = ctx.saved_tensors
+        found = grad.new_zeros(ctx.num_rows, grad.shape[1])
+        return found.index_copy_(0, keep, grad[: len(keep)]), None, None
+
+
+def kept(x: torch.Tensor, keep: torch.Tensor, multiple: int) -> torch.Tensor:
+    """The rows ``keep`` (n,) of ``x`` (N, H), filled up to a multiple of rows with zeros."""
+    rows, missing = x.index_select(0, keep), -len(keep) % multiple
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def _attention(steps: Steps, x: torch.Tensor, parts: LayerParts, needs_input: bool) -> torch.Tensor:
@@ -124,13 +164,19 @@ def _attention(steps: Steps, x: torch.Tensor, parts: LayerParts, needs_input: bo
     heads = [states.unflatten(1, (-1, parts.head_dim)) for states in projected]
     for number, norm in enumerate(parts.head_norms):
         heads[number] = _norm(steps, f"head norm {number}", heads[number], norm)
-    attended = steps.run("attention", PackedAttention, *heads, *parts.attend)
-    return _linear(steps, "out", attended.flatten(1), parts.out, past=x)[0]
+    attended = steps.run("attention", PackedAttention, *heads, *parts.attend).flatten(1)
+    if parts.keep is not None:
+        multiple = FILLED if parts.is_prepared() else 1
+        attended = steps.run("keep", Kept, attended, parts.keep, multiple)
+        x = kept(x, parts.keep, multiple)
+    return _linear(steps, "out", attended, parts.out, past=x)[0]
 
 
 def _attention_back(steps: Steps, grad: torch.Tensor, needs_input: bool):
     """The gradients of ``x + attention(norm(x))``'s input, or None, and of the adapters."""
     grad_out, of_out = _linear_back(steps, "out", grad)
+    if "keep" in steps.by_name:
+        grad_out, grad = (steps.back("keep", one)[0] for one in (grad_out, grad))
     heads = steps.tensors[steps.by_name["attention"].place][0].shape
     grads = list(steps.back("attention", grad_out.view(heads))[:3])
     for number, one in enumerate(grads):

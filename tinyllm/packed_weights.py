@@ -1,10 +1,13 @@
-"""Frozen matrices laid out once as oneDNN's products want them, for training on a CPU.
+"""Frozen matrices laid out once as their products want them, for training on a CPU.
 
-oneDNN multiplies by blocks, and for every product brings the matrix into them anew.  For the few hundred
-tokens of a step of fine-tuning that is 5 to 10 % of the time.  A frozen matrix can stay so; PyTorch's own
-compiler does the same for inference ("weight prepacking" of ``torch.compile``'s freezing), by the two
-operations used here.  What comes out is the same, bit for bit in all but degenerate shapes (one or two
-columns), where it is within rounding.
+Where ``native/lora.c`` can be had it computes a layer and its adapter at once, from strips of the weight: what
+comes out is written once, calls are half as many, and nothing is prepared for a number of tokens that is new.  Its sums are rounded once where those of two products are rounded twice.
+
+Elsewhere, and where the processor multiplies whole tiles (AMX), which that code does not, oneDNN multiplies by
+blocks, and for every product brings the matrix into them anew.  For the few hundred tokens of a step of
+fine-tuning that is 5 to 10 % of the time.  A frozen matrix can stay so; PyTorch's own compiler does the same for
+inference ("weight prepacking" of ``torch.compile``'s freezing), by the two operations used here.  What comes out is
+the same, bit for bit in all but degenerate shapes (one or two columns), where it is within rounding.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from tinyllm.native.lora import is_even, library, strips_of
 from tinyllm.native_bf16 import cpu_multiplies_bf16
 
 # Of the copies, one for each way.  A model of 135M parameters needs 405 MiB; beyond that memory is worth more.
 MOST_BYTES = 512 << 20
+# oneDNN prepares a product in bfloat16 anew for each number of rows, and keeps it: then few numbers of rows.
+FILLED = 64
 ROWS = 640  # oneDNN lays out for about so many tokens; it takes any other number, too
 
 
@@ -29,12 +35,20 @@ class PackedWeight:
         weights: the parameters whose memory ``joint`` is; held, so that no other tensor gets that memory and is
             taken for them.
         joint: ``W``, bfloat16 on the CPU; kept for who needs it as it was.
+        by_strips: whether ``native/lora.py`` multiplies.
+
+    Attributes:
+        strips: for that, or None; then the products are :func:`linear` and :func:`linear_back`.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor], joint: torch.Tensor) -> None:
+    def __init__(
+        self, weights: Sequence[torch.Tensor], joint: torch.Tensor, by_strips: bool = False
+    ) -> None:
         self.held, self.stamps = [weight.detach() for weight in weights], _stamps(weights)
         self.joint = joint.detach()
-        self.ahead, self.back = _pack(joint), _pack(joint.t().contiguous())
+        self.strips = strips_of(weights) if by_strips else None
+        if self.strips is None:
+            self.ahead, self.back = _pack(joint), _pack(joint.t().contiguous())
 
     def is_of(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the weights that were packed, and unchanged as far as autograd counts it: who
@@ -51,7 +65,8 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: PackedWeight | None
 ) -> torch.Tensor:
     """``x Wᵀ + b`` of ``x`` (N, in): (N, out)."""
-    if packed is None or (bias is not None and bias.dtype != x.dtype):
+    odd_bias = bias is not None and bias.dtype != x.dtype
+    if packed is None or packed.strips is not None or odd_bias:
         return F.linear(x, weight, bias)
     return _multiply(x, packed.ahead, None if bias is None else bias.contiguous())
 
@@ -60,18 +75,31 @@ def linear_back(
     grad: torch.Tensor, weight: torch.Tensor, packed: PackedWeight | None
 ) -> torch.Tensor:
     """``g W`` of ``grad`` (N, out): (N, in)."""
-    return grad @ weight if packed is None else _multiply(grad, packed.back, None)
+    if packed is None or packed.strips is not None:
+        return grad @ weight
+    return _multiply(grad, packed.back, None)
+
+
+def in_strips(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether ``native/lora.c`` multiplies by weights of this kind: on two cores with AVX-512 BF16 4 to 9 % of a step
+    sooner than oneDNN; never measured where there are tiles (AMX), which it does not use.
+    """
+    tiles = (
+        torch.cpu._is_amx_tile_supported()
+        if hasattr(torch.cpu, "_is_amx_tile_supported")
+        else False
+    )
+    return not tiles and library() is not None and all(is_even(*w.shape) for w in weights)
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether a weight is of the kind whose products gain by it."""
+    """Whether a weight is of the kind whose products gain by it, if they can be had."""
     return (
         weight.is_cpu
         and weight.dtype == torch.bfloat16
         and type(weight) in (torch.Tensor, torch.nn.Parameter)
         and not weight.requires_grad
         and not weight.is_inference()  # of which no changes are counted
-        and works()
     )
 
 
@@ -84,8 +112,8 @@ def works() -> bool:
     x, weight = numbers[: 48 * 64].view(48, 64), numbers[48 * 64 :].view(48, 64)
     bias, grad = weight[:, 0].contiguous(), x[:, :48].contiguous()
     try:
-        packed = PackedWeight([weight], weight)
-        ahead, back = linear(x, weight, bias, packed), linear_back(grad, weight, packed)
+        ahead = _multiply(x, _pack(weight), bias)
+        back = _multiply(grad, _pack(weight.t().contiguous()), None)
     except (AttributeError, RuntimeError):  # they are PyTorch's own affair, and may go
         return False
     return torch.equal(ahead, F.linear(x, weight, bias)) and torch.equal(back, grad @ weight)

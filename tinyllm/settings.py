@@ -242,8 +242,8 @@ class SftArguments(TrainingArguments):
     )
     fill_rows: bool = setting(
         True,
-        "On a CPU in bfloat16, fill micro-batches up to a multiple of 64 tokens, with no effect on "
-        "the loss: less memory, and faster.",
+        "On a CPU in bfloat16, where oneDNN multiplies, fill micro-batches up to a multiple of 64 "
+        "tokens, with no effect on the loss: less memory, and faster.",
     )
     report_to: list[str] = setting(
         ["auto"],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -20,7 +21,8 @@ from tinyllm.base import plain_model
 from tinyllm.batches import Batch, collate, fill_up, model_inputs, nothing_to_learn, split, targets
 from tinyllm.errors import AlreadyTold, UserError
 from tinyllm.examples import Examples
-from tinyllm.fused_layers import bytes_of_packing, pack_projections
+from tinyllm.fused_layers import all_in_strips, bytes_of_packing, pack_projections
+from tinyllm.fused_model import parts_stay
 from tinyllm.head_loss import frozen_head_loss, has_plain_frozen_head
 from tinyllm.loraplus import loraplus_optimizer
 from tinyllm.micro_batches import filled_up_to, most_tokens, whole_steps
@@ -65,7 +67,9 @@ class SftTrainer(SavingTrainer):
         plain = has_plain_frozen_head(self.causal_model) and not autocast
         self.chunked_loss = args.chunked_loss and plain
         self.packs_weights = args.device.type == "cpu" and not autocast
-        self.multiple = filled_up_to(args, self.causal_model) if self.packing.kernel else 1
+        self.eval_multiple = filled_up_to(args, self.causal_model) if self.packing.kernel else 1
+        strips = self.packs_weights and all_in_strips(self.causal_model)
+        self.multiple = 1 if strips else self.eval_multiple
         self.asked = args  # as the user wrote them; self.args counts whole steps
         super().__init__(
             model=model,
@@ -167,14 +171,22 @@ class SftTrainer(SavingTrainer):
             return super()._clip_grad_norm(model)
         if not self.trained:
             self.trained = [p for p in model.parameters() if p.requires_grad]
-        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        if self.args.device.type != "cpu":
+            return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        if norm > self.args.max_grad_norm:  # else all would be multiplied by 1
+            clip_grads_with_norm_(self.trained, self.args.max_grad_norm, norm)
+        return norm
 
     def _run_epoch(self, model, *args, **kwargs) -> None:
         """As ever, with weights laid out for their products; here nothing will move or change them."""
         if self.packs_weights:
             pack_projections(self.causal_model)
-        wrapped = model is not self.model
-        with contextlib.nullcontext() if wrapped else quick_zero_grad(model, self.optimizer):
+        with contextlib.ExitStack() as meanwhile:
+            if model is self.model:
+                callbacks = self.callback_handler.callbacks
+                meanwhile.enter_context(quick_zero_grad(model, self.optimizer))
+                meanwhile.enter_context(parts_stay(self.causal_model, callbacks))
             super()._run_epoch(model, *args, **kwargs)
 
     def bytes_of_packing(self) -> int:
@@ -212,7 +224,7 @@ class SftTrainer(SavingTrainer):
         (DDP and DeepSpeed must see the whole forward) only a few positions at a time.
         """
         positions, ids = targets(batch)
-        batch = fill_up(batch, self.multiple)
+        batch = fill_up(batch, self.multiple if model.training else self.eval_multiple)
         inputs = model_inputs(batch, self.packing.kernel)
         if self.neftune is not None:
             self.neftune.lengths = batch["lengths"]

@@ -20,6 +20,7 @@ from tinyllm.neighbours import in_known_rows, with_empty
 SOURCE = Path(__file__).with_name("attention.c")
 HEADERS = code.headers_of(SOURCE, "tiles", "numbers", "vectors")
 MOST_OF_A_HEAD = 256
+LONG = 1024  # tokens of an example, from which on idle threads cost more than is gained
 
 
 class Attention(ctypes.Structure):
@@ -27,7 +28,7 @@ class Attention(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in
-          ("q", "k", "v", "cos", "sin", "out", "sums", "grad", "dq", "dk", "dv", "starts")),
+          ("q", "k", "v", "cos", "sin", "out", "most", "share", "grad", "dq", "dk", "dv", "starts")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in
           ("examples", "heads", "kv_heads", "size", "half", "q_row", "kv_row")),
@@ -61,17 +62,17 @@ class PackedAttention(torch.autograd.Function):
             q: ``(N, num_heads, head_dim)``.
             k: ``(N, num_key_value_heads, head_dim)``, as ``v``.  Where the three lie beside each other in
                 memory, so do their gradients.
-            cos: ``(N, head_dim)`` of q's type, as ``sin``; both None for no rotation.
+            cos: ``(N, head_dim)``, as ``sin``; both None for no rotation.
             starts: ``(num_examples + 1,)`` int32 on the CPU, where each example starts, and ``N``.
 
         Returns:
             ``(N, num_heads, head_dim)``.
         """
         q, k, v = in_known_rows(q, k, v)
-        angles = () if cos is None else (cos.contiguous(), sin.contiguous())
+        angles = () if cos is None else (cos.float().contiguous(), sin.float().contiguous())
         out = torch.empty(q.shape, dtype=q.dtype)
-        sums = torch.empty(q.shape[:2], dtype=torch.float32)
-        tensors = (q, k, v, sums, starts, *angles)
+        found = torch.empty(2, q.shape[1], len(q), dtype=torch.float32)
+        tensors = (q, k, v, found, starts, *angles)
         library().attention_forward(_call(tensors, scale, out=out))
         ctx.save_for_backward(*tensors)
         ctx.scale = scale
@@ -89,9 +90,9 @@ class PackedAttention(torch.autograd.Function):
 
 
 def _call(tensors: tuple[torch.Tensor, ...], scale: float, **more: torch.Tensor) -> Attention:
-    q, k, v, sums, starts, *angles = tensors
-    assert starts.dtype == torch.int32 and starts.is_contiguous()
-    named = {"q": q, "k": k, "v": v, "sums": sums, "starts": starts, **more}
+    q, k, v, found, starts, *angles = tensors
+    assert starts.dtype == torch.int32 and starts.is_contiguous() and found.is_contiguous()
+    named = {"q": q, "k": k, "v": v, "most": found[0], "share": found[1], "starts": starts, **more}
     named |= dict(zip(("cos", "sin"), angles, strict=False))
     return Attention(
         scale=scale, examples=len(starts) - 1, heads=q.shape[1], kv_heads=k.shape[1],

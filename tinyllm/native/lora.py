@@ -1,4 +1,4 @@
-"""``lora.c`` for tensors: the low-rank paths of linear layers in bfloat16, for training on a CPU.
+"""``lora.c`` for tensors: linear layers with low-rank paths in bfloat16, for training on a CPU.
 
 Only processors that multiply pairs of bfloat16 (AVX-512 BF16) have it; :func:`takes` says whether.
 """
@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from tinyllm.native import code
 from tinyllm.native.pointwise import WITH_MEMORY
 
 SOURCE = Path(__file__).with_name("lora.c")
-HEADERS = code.headers_of(SOURCE, "draws", "pairs", "threads", "numbers", "vectors")
+HEADERS = code.headers_of(
+    SOURCE,
+    "lora_ahead",
+    "lora_back",
+    "lora_layer",
+    "draws",
+    "pairs",
+    "threads",
+    "numbers",
+    "vectors",
+)
+STRIP = 32  # columns of a strip
 LANES = 16  # the low rows are filled up to a multiple of it
 DECIDED, PAIR = 4, 2  # numbers that one random number decides, and that are multiplied together
 
@@ -31,7 +45,8 @@ class Lora(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("seed", ctypes.c_uint64),
         ("threshold", ctypes.c_uint32),
-        *((name, ctypes.c_void_p) for name in ("y", "past", "grad", "dx", "da", "db")),
+        *((name, ctypes.c_void_p) for name in
+          ("y", "past", "ahead", "bias", "grad", "dx", "da", "db", "back")),
     ]  # fmt: skip
 
 
@@ -54,14 +69,51 @@ def takes(x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> bool:
         and x.is_contiguous()
         and lora_a.is_contiguous()
         and lora_b.is_contiguous()
-        and x.shape[1] % DECIDED == 0
-        and lora_b.shape[0] % PAIR == 0
+        and is_even(lora_b.shape[0], x.shape[1])
         and library() is not None
     )
 
 
-def add_forward(x, downs, ups, outputs, dropouts, scales, past=None) -> list[torch.Tensor]:
-    """Add to each layer's output ``y`` what its adapter gives, ``scale · dropout(x) Aᵀ Bᵀ``, in place.
+def is_even(out: int, width: int) -> bool:
+    """Whether the code knows layers ``(out, in)`` of these sizes."""
+    return width % DECIDED == 0 and out % PAIR == 0
+
+
+class Strips(NamedTuple):
+    """Frozen weights ``W_i`` (out_i, in) of layers with one input, as the code multiplies by them: pairs of
+    neighbours along the dimension that is summed over in one word, columns in strips behind each other.
+
+    Attributes:
+        ahead: of each layer ``W_iᵀ`` ``(strips, in / 2, STRIP)`` int32.
+        back: all ``W_i`` below each other, ``(strips, sum of out_i / 2, STRIP)`` int32.
+    """
+
+    ahead: list[torch.Tensor]
+    back: torch.Tensor
+
+
+def strips_of(weights: Sequence[torch.Tensor]) -> Strips:
+    """The strips of layers' weights, bfloat16, ``in`` and each ``out_i`` even."""
+    ahead = [_in_strips(_pairs(weight.detach().t())) for weight in weights]
+    return Strips(ahead, _in_strips(torch.cat([_pairs(weight.detach()) for weight in weights])))
+
+
+def _pairs(x: torch.Tensor) -> torch.Tensor:
+    """Neighbouring rows of ``x`` (n, columns) in one word: ``(n / 2, columns)`` int32."""
+    return torch.stack([x[::2], x[1::2]], -1).view(torch.int32).squeeze(-1)
+
+
+def _in_strips(words: torch.Tensor) -> torch.Tensor:
+    """``(n, columns)`` → ``(strips, n, STRIP)``, filled up with zeros."""
+    filled = F.pad(words, (0, -words.shape[1] % STRIP))
+    return filled.unflatten(1, (-1, STRIP)).transpose(0, 1).contiguous()
+
+
+def add_forward(
+    x, downs, ups, outputs, dropouts, scales, past=None, strips=None, bias=None
+) -> list[torch.Tensor]:
+    """Each layer's output ``y``, in place: ``x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ`` with the strips of ``W``; without
+    them the low-rank path is added to what is there.
 
     Args:
         x: ``(N, in)`` bfloat16, the input of all layers.
@@ -70,14 +122,21 @@ def add_forward(x, downs, ups, outputs, dropouts, scales, past=None) -> list[tor
         outputs: of each layer ``y`` ``(N, out)`` bfloat16, may be columns of a wider tensor.
         dropouts: of each layer a :class:`tinyllm.dropout.Dropout` or None.
         past: ``(N, out)`` bfloat16, added to the output of a single layer, or None.
+        bias: all layers' ``b`` behind each other, bfloat16, or None; added to what is there, too.
 
     Returns:
         Of each layer ``dropout(x) Aᵀ`` for the backward pass, ``(N, r filled up)`` bfloat16.
     """
     lows = [x.new_empty(x.shape[0], -(-a.shape[0] // LANES) * LANES) for a in downs]
     calls = _calls(x, downs, ups, lows, outputs, dropouts, scales)
-    for call, y in zip(calls, outputs, strict=True):
+    at = 0 if bias is None else bias.data_ptr()
+    for number, (call, y) in enumerate(zip(calls, outputs, strict=True)):
         call.y = y.data_ptr()
+        if strips is not None:
+            call.ahead = strips.ahead[number].data_ptr()
+        if bias is not None:
+            call.bias = at
+            at += bias.element_size() * call.out
     if past is not None:
         assert len(calls) == 1 and past.is_contiguous() and past.shape == outputs[0].shape
         calls[0].past = past.data_ptr()
@@ -86,13 +145,14 @@ def add_forward(x, downs, ups, outputs, dropouts, scales, past=None) -> list[tor
 
 
 def add_backward(
-    x, downs, ups, lows, grads, dx, dropouts, scales
+    x, downs, ups, lows, grads, dx, dropouts, scales, strips=None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Gradients through the adapters: added to ``dx`` (``(N, in)`` bfloat16, or None) in place.
+    """Gradients: into ``dx`` (``(N, in)`` bfloat16, or None) with the strips of the weights; without them the low-rank
+    path's is added to what is there.
 
     Args:
         lows: what :func:`add_forward` gave.
-        grads: of each layer ``(N, out)`` bfloat16, may be columns of a wider tensor.
+        grads: of each layer ``(N, out)`` bfloat16, beside each other in the columns of one tensor.
 
     Returns:
         Of each layer ``(dA, dB)`` float32.
@@ -103,6 +163,8 @@ def add_backward(
     for call, grad, (da, db) in zip(calls, grads, found, strict=True):
         call.grad, call.da, call.db = grad.data_ptr(), da.data_ptr(), db.data_ptr()
         call.dx = None if dx is None else dx.data_ptr()
+    if strips is not None:
+        calls[0].back = strips.back.data_ptr()
     library().lora_backward(calls, len(calls))
     return found
 

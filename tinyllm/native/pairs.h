@@ -84,15 +84,15 @@ INLINE void narrow_product(const uint16_t *rows, int64_t stride, int num, const 
     }
 }
 
-/* TALL narrow rows by a matrix (rank / 2, width) of pairs, in columns col to col + STRIP. */
-INLINE void wide_product(const uint16_t *narrow, int rank, const uint32_t *matrix, int width, int col,
-                         floats sums[TALL][2]) {
-    UNROLL for (int i = 0; i < TALL; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
-    for (int r = 0; r < rank / 2; r++) {
-        pairs first = (pairs)_mm512_loadu_si512(matrix + (int64_t)r * width + col);
-        pairs second = (pairs)_mm512_loadu_si512(matrix + (int64_t)r * width + col + LANES);
+/* Add to sums (TALL, STRIP) TALL rows, `stride` numbers apart, of `num` numbers by a matrix (num / 2, STRIP) of
+ * pairs, whose rows are `width` words apart. */
+INLINE void add_wide_product(const uint16_t *rows, int64_t stride, int num, const uint32_t *matrix, int width,
+                             floats sums[TALL][2]) {
+    for (int k = 0; k < num / 2; k++) {
+        pairs first = (pairs)_mm512_loadu_si512(matrix + (int64_t)k * width);
+        pairs second = (pairs)_mm512_loadu_si512(matrix + (int64_t)k * width + LANES);
         UNROLL for (int i = 0; i < TALL; i++) {
-            uint32_t left = pair_at(narrow + i * rank, r);
+            uint32_t left = pair_at(rows + i * stride, k);
             sums[i][0] = multiply_pairs(left, first, sums[i][0]);
             sums[i][1] = multiply_pairs(left, second, sums[i][1]);
         }
