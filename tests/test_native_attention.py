@@ -6,7 +6,6 @@ from conftest import make_model
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tinyllm import fused_layers
 from tinyllm.attention import use_packed_attention
 from tinyllm.batches import model_inputs
 from tinyllm.fused_layers import use_fused_layers
@@ -129,7 +128,7 @@ def test_sliding_windows_dropout_and_caches_take_transformers_way(monkeypatch):
     assert not calls
     plain(**batch_of([5]))
     assert len(calls) == 2
-    monkeypatch.setattr(fused_layers, "LONG", 8)
+    monkeypatch.setattr(attention, "LONG", 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     plain(**batch_of([9, 2]))  # 2 examples, 2 heads: four tasks for five threads
     assert len(calls) == 2
