@@ -42,6 +42,17 @@ def make_tokenizer(texts: list[str] = TEXTS, vocab_size: int = 480):
     )  # fmt: skip
 
 
+PROJECTIONS = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+]  # of a llama
+
+
 def make_model(vocab_size: int = 480, seed: int = 0, **changes):
     """A two-layer llama in float32."""
     import torch
@@ -125,6 +136,14 @@ def base_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
+
+
+def skip_without_compiler() -> None:
+    """Skip where the compiled steps of training are not there."""
+    from tinyllm.native import attention, pointwise
+
+    if pointwise.library() is None or attention.library() is None:
+        pytest.skip("no C compiler")
 
 
 def skip_without(part, request) -> None:

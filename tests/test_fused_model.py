@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_fused_lora, make_model
+from conftest import PROJECTIONS, make_fused_lora, make_model, skip_without_compiler
 from torch import nn
 
 from tinyllm import fast_lora, fused_model
@@ -16,17 +16,13 @@ from tinyllm.batches import model_inputs, targets
 from tinyllm.fused_layers import pack_projections
 from tinyllm.fused_model import FusedModel, KnownParts, parts_stay
 from tinyllm.head_loss import frozen_head_loss
-from tinyllm.native import attention, pointwise
 from tinyllm.one_node import DecoderLayer
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch):
     """Of each layer that was one node the positions to keep, or None."""
-    if pointwise.library() is None or attention.library() is None:
-        pytest.skip("no C compiler")
+    skip_without_compiler()
     found, real = [], DecoderLayer.forward
 
     def forward(ctx, x, parts, *adapters):
@@ -39,7 +35,7 @@ def kept(monkeypatch):
 
 def make(dtype=torch.float32, dropout=0.0, **shape):
     base = make_model(attention_bias=True, **shape).to(dtype)
-    lora = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "lora_dropout": dropout}
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": PROJECTIONS, "lora_dropout": dropout}
     return make_fused_lora(base, True, **lora)
 
 

@@ -2,28 +2,24 @@
 
 import pytest
 import torch
-from conftest import make_fused_lora, make_model
+from conftest import PROJECTIONS, make_fused_lora, make_model, skip_without_compiler
 from torch import nn
 
 from tinyllm.batches import model_inputs
-from tinyllm.native import attention, pointwise
 from tinyllm.one_node import DecoderLayer
-
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """How often a layer has been one node."""
-    if pointwise.library() is None or attention.library() is None:
-        pytest.skip("no C compiler")
+    skip_without_compiler()
     found, real = [], DecoderLayer.forward
     counted = staticmethod(lambda *of: found.append(1) or real(*of))
     monkeypatch.setattr(DecoderLayer, "forward", counted)
     return found
 
 
-def make(joins=True, dtype=torch.float32, targets=ALL, dropout=0.0, base=None):
+def make(joins=True, dtype=torch.float32, targets=PROJECTIONS, dropout=0.0, base=None):
     base = base or make_model(attention_bias=True)
     lora = {"r": 4, "lora_alpha": 8, "target_modules": targets, "lora_dropout": dropout}
     return make_fused_lora(base.to(dtype), joins, **lora)
@@ -125,7 +121,7 @@ WHYS = ["targets", "hook", "backward hook", "disabled", "merged", "evaluated", "
 @pytest.mark.parametrize("why", WHYS)
 def test_what_is_not_plain_takes_the_modules_way(calls, why):
     if why == "targets":
-        model, slow = make(targets=ALL[:4]), make(False, targets=ALL[:4])
+        model, slow = make(targets=PROJECTIONS[:4]), make(False, targets=PROJECTIONS[:4])
     else:
         model, slow = make(), make(False)
     layers = model.get_base_model().model.layers

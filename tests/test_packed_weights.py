@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_fused_lora, make_model
+from conftest import make_fused_lora, make_model, skip_without_compiler
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -14,7 +14,7 @@ from tinyllm import fast_lora, fused_layers, packed_weights
 from tinyllm.batches import model_inputs
 from tinyllm.fast_lora import FastLoraLinear, use_fast_lora
 from tinyllm.fused_layers import pack_projections
-from tinyllm.native import attention, lora, pointwise
+from tinyllm.native import lora
 from tinyllm.packed_weights import PackedWeight, linear, linear_back
 
 BATCH = {"lengths": torch.tensor([19, 1, 44])}
@@ -59,8 +59,7 @@ def multiplied(monkeypatch, way):
 
 
 def make(joins=True):
-    if pointwise.library() is None or attention.library() is None:
-        pytest.skip("no C compiler")
+    skip_without_compiler()
     base = make_model(attention_bias=True).to(torch.bfloat16)
     return make_fused_lora(base, joins, r=4, target_modules="all-linear")
 

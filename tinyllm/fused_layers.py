@@ -92,9 +92,8 @@ class FusedAttention(nn.Module):
             and kwargs.get("past_key_values") is None
             and (window is None or kwargs["max_length_q"] <= window)
             and not (self.training and self.attention_dropout)
-            and (
-                kwargs["max_length_q"]
-                <= attention.LONG  # else each thread must find an example's head
+            and (  # of long examples each thread must find one's head
+                kwargs["max_length_q"] <= attention.LONG
                 or (len(starts) - 1) * config.num_key_value_heads >= torch.get_num_threads()
             )
             and _suits(hidden_states, *kwargs["position_embeddings"])

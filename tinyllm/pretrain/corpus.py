@@ -192,10 +192,7 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
 def add_chats(train: list[Document], table: dict[str, dict[str, int]]) -> list[Document]:
     """Our training question-and-answer text once more in the chat format, counted in the table."""
     chats = chat_documents([doc for doc in train if doc["source"] == "own"])
-    table["chat"] = dict.fromkeys(table["own"], 0) | {
-        "read": len(chats), "train": len(chats),
-        "train_characters": sum(len(doc["text"]) for doc in chats),
-    }  # fmt: skip
+    table["chat"] = counts_of(chats, len(chats), table)
     return chats
 
 
@@ -203,11 +200,16 @@ def add_patterns(folder: Path, table: dict[str, dict[str, int]]) -> list[Documen
     """The conversations of our patterns, counted in the table; none of them is held out."""
     read = pattern_documents(folder)
     documents = list({doc["text"]: doc for doc in read}.values())
-    table["patterns"] = dict.fromkeys(table["own"], 0) | {
-        "read": len(read), "duplicates": len(read) - len(documents), "train": len(documents),
+    table["patterns"] = counts_of(documents, len(read), table)
+    return documents
+
+
+def counts_of(documents: list[Document], num_read: int, table: dict[str, dict[str, int]]) -> dict:
+    """A row of the table for documents that are all trained on, of so many without their duplicates."""
+    return dict.fromkeys(table["own"], 0) | {
+        "read": num_read, "duplicates": num_read - len(documents), "train": len(documents),
         "train_characters": sum(len(doc["text"]) for doc in documents),
     }  # fmt: skip
-    return documents
 
 
 def format_counts(table: dict[str, dict[str, int]]) -> str:
