@@ -26,7 +26,7 @@ def flops_of_step(
     tokens: float,
     supervised: float,
 ) -> float:
-    """Floating-point operations that an optimizer step cannot do without.
+    """Floating-point operations of an optimizer step, without those that nobody needs.
 
     Two a weight and token forward, two more for the gradient of the input; a frozen weight has no
     gradient of its own, LoRA's matrices have.  What queries, keys and values of the first layer read has
@@ -69,8 +69,8 @@ def gflops(work: list[tuple[int, Matrix, int]], dtype: str) -> float:
         key = (rows, inside, min(outside, WIDEST))
         if key not in known:
             known[key] = _seconds(*key, dtype)
-        flops += times * 4 * rows * inside * key[2]
-        seconds += times * known[key]
+        flops += times * 4 * rows * inside * outside
+        seconds += times * known[key] * outside / key[2]
     return flops / seconds / 1e9
 
 
