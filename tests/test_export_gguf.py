@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import GenerationConfig
 
 import load_lora_model as program
 from load_lora_model import load_lora_model, load_lora_model_without_merge
@@ -221,7 +222,19 @@ def test_a_template_of_the_base_has_no_modelfile():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
     with pytest.raises(UserError, match="brings its own chat template"):
-        modelfile("m.gguf", tokenizer, None)
+        modelfile("m.gguf", tokenizer, None, GenerationConfig())
+
+
+def test_the_modelfile_chooses_words_as_the_base_does():
+    """Ollama's own defaults sample, and penalize the words of the question."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    greedy = modelfile("m.gguf", tokenizer, None, GenerationConfig(do_sample=False))
+    assert "PARAMETER repeat_penalty 1.0\nPARAMETER temperature 0\n" in greedy
+    config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.2)
+    lines = modelfile("m.gguf", tokenizer, None, config).splitlines()
+    for line in ("repeat_penalty 1.2", "temperature 0.7", "top_k 50", "top_p 0.9", "min_p 0.0"):
+        assert f"PARAMETER {line}" in lines
 
 
 def test_an_adapter_as_gguf_is_the_same_update(base_folder, finished_run, tmp_path):

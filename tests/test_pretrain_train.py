@@ -82,6 +82,7 @@ def test_shipped_yaml_parses_and_gives_about_16m_parameters():
         {"precision": "int8"},
         {"compile": "maybe"},
         {"optimizer": "sgd"},
+        {"max_steps": 0},
     ],
 )
 def test_contradictions_are_refused(bad):
@@ -275,7 +276,7 @@ def test_training_learns_and_exports_a_folder_that_plain_transformers_opens(sett
     folder = Path(settings.export_to)
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "pretraining.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -345,4 +346,39 @@ def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeyp
     run_of(settings)  # accelerate keeps what it finds first: one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="do not train together"):
+        run_of(settings)
+
+
+def test_a_run_starts_from_an_exported_folder_and_counts_on(settings, tmp_path):
+    first = run_of(settings)
+    losses_of(first, 3)
+    program.export_run(first, {"sources": {}})
+    settings.start_from, settings.work = settings.export_to, str(tmp_path / "other")
+    second = run_of(settings)
+    prepare(second)
+    assert second.progress.step == 3 and second.progress.tokens == first.progress.tokens
+    assert second.seen == first.seen
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b)
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    losses_of(second, 1)
+    second.save()
+    third = run_of(settings)
+    prepare(third)  # a checkpoint comes before the folder
+    assert third.progress.step == 4
+
+
+def test_a_folder_of_another_shape_or_tokenizer_is_refused(settings, tmp_path):
+    program.export_run(run_of(settings), {"sources": {}})
+    settings.start_from, settings.work = settings.export_to, str(tmp_path / "other")
+    settings.num_layers = 3
+    with pytest.raises(ValueError, match="not of the shape that the settings ask for"):
+        prepare(run_of(settings))
+    settings.vocab_size, settings.work, settings.start_from = 400, str(tmp_path / "third"), ""
+    run_of(settings)
+    settings.start_from = settings.export_to
+    with pytest.raises(ValueError, match="its tokenizer is not that of"):
+        run_of(settings)
+    settings.start_from = str(tmp_path)
+    with pytest.raises(ValueError, match="expected an exported folder"):
         run_of(settings)

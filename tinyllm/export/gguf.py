@@ -60,7 +60,12 @@ def export_gguf(
         save_tokenizer(merged.tokenizer, scratch)
         content = write_certificate(merged, reloaded, precision, scratch)
         if with_modelfile:
-            text = modelfile(name, merged.tokenizer, merged.facts.get("system_prompt"))
+            text = modelfile(
+                name,
+                merged.tokenizer,
+                merged.facts.get("system_prompt"),
+                merged.model.generation_config,
+            )
             (scratch / "Modelfile").write_text(text, encoding="utf-8")
         card = gguf_card(content, target, name, with_modelfile)
         (scratch / run_folder.MODEL_CARD).write_text(card, encoding="utf-8")

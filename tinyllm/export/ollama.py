@@ -1,8 +1,11 @@
-"""The Modelfile of Ollama: the family's chat format in its template language, and where to stop."""
+"""The Modelfile of Ollama: the family's chat format in its template language, where to stop, how to choose."""
 
 from __future__ import annotations
 
+from transformers import GenerationConfig
+
 from tinyllm.chat_format import ASSISTANT, CHAT_TEMPLATE, ROLE_MARKERS, SYSTEM, USER
+from tinyllm.decode.choice import DEFAULT_TOP_K
 from tinyllm.errors import UserError
 
 # Go's text/template; "-" eats the line break of the template itself.  Line for line what
@@ -17,9 +20,31 @@ TEMPLATE = (
     "{{- end }}<|assistant|>\n"
 )
 
+# What ``generate`` takes where the options say nothing.
+NEUTRAL = {
+    "repeat_penalty": 1.0, "temperature": 1.0, "top_k": DEFAULT_TOP_K, "top_p": 1.0, "min_p": 0.0,
+}  # fmt: skip
 
-def modelfile(gguf_name: str, tokenizer, system_prompt: str | None) -> str:
+
+def choice_lines(generation: GenerationConfig) -> list[str]:
+    """How the base chooses words.  Unless it is told Ollama samples, and penalizes repeating what was said
+    (temperature 0.8, repeat_penalty 1.1: the table of parameters in its documentation of the Modelfile).
+    """
+    chosen = {"repeat_penalty": generation.repetition_penalty, "temperature": 0}
+    if generation.do_sample:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        chosen |= {name: getattr(generation, name) for name in names}
+    values = {name: NEUTRAL[name] if value is None else value for name, value in chosen.items()}
+    return [f"PARAMETER {name} {value}" for name, value in values.items()]
+
+
+def modelfile(
+    gguf_name: str, tokenizer, system_prompt: str | None, generation: GenerationConfig
+) -> str:
     """Content of a Modelfile beside a GGUF file.
+
+    Args:
+        generation: the options of the base, so that Ollama replies as ``inference_lora.py`` does.
 
     Raises:
         UserError: the base has a chat template of its own, which only Ollama can translate.
@@ -35,6 +60,7 @@ def modelfile(gguf_name: str, tokenizer, system_prompt: str | None) -> str:
         f"FROM ./{gguf_name}",
         f'TEMPLATE """{TEMPLATE % {"eos": tokenizer.eos_token}}"""',
         *(f'PARAMETER stop "{stop}"' for stop in stops),
+        *choice_lines(generation),
     ]
     if system_prompt:
         if '"""' in system_prompt:

@@ -15,6 +15,7 @@ from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
 from tinyllm.pretrain.export import export
 from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
+from tinyllm.pretrain.start import adopt_tokenizer
 from tinyllm.pretrain.train import train
 
 log = logging.getLogger("tinyllm.pretrain")
@@ -35,6 +36,8 @@ def build_run(settings: Settings) -> tuple[Run, dict]:
     counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder)
     train_texts = corpus.by_source(corpus.read_jsonl(folder / "train.jsonl"))
     heldout_texts = corpus.by_source(corpus.read_jsonl(folder / "heldout.jsonl"))
+    if settings.start_from:
+        adopt_tokenizer(settings.start_from, settings.path("tokenizer"))
     tokenizer = vocabulary.build(
         train_texts, settings.path("tokenizer"), settings.vocab_size, settings.max_length
     )

@@ -1,10 +1,12 @@
 """The finished model folder: what plain transformers, peft, vLLM and llama.cpp open.
 
 Files: config.json, generation_config.json, model.safetensors (bfloat16), tokenizer.json,
-tokenizer_config.json, special_tokens_map.json, chat_template.jinja, README.md.
+tokenizer_config.json, special_tokens_map.json, chat_template.jinja, README.md, and pretraining.json, which
+a later run goes on from (`--start_from`).
 """
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -15,6 +17,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from tinyllm import tokenizer_files
 from tinyllm.pretrain.model_card import model_card
+from tinyllm.pretrain.start import RECORD, record_of
 from tinyllm.pretrain.vocabulary import chat_template
 
 log = logging.getLogger(__name__)
@@ -33,11 +36,13 @@ def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """Weights in bfloat16, and the settings for generation."""
     rounded = copy.deepcopy(model).to(device="cpu", dtype=torch.bfloat16)
     # Greedy: a small model's likeliest word is its best one, and replies are the same every time.
-    # The penalty breaks its loops: without it one reply in seven repeats itself (first_chat.py).
+    # No repetition penalty: it counts the question, too, and so makes a reply avoid the very thing
+    # that was said, a kitten becomes a puppy.
     rounded.generation_config = GenerationConfig(
-        do_sample=False, repetition_penalty=1.1, eos_token_id=model.config.eos_token_id,
+        do_sample=False,
+        eos_token_id=model.config.eos_token_id,
         pad_token_id=model.config.pad_token_id,
-    )  # fmt: skip
+    )
     rounded.save_pretrained(folder)
     os.chmod(folder / "model.safetensors", 0o644)
 
@@ -54,6 +59,8 @@ def export(
     unfinished.mkdir(parents=True)
     save_model(model, unfinished)
     save_tokenizer(tokenizer, unfinished)
+    record = json.dumps(record_of(facts), indent=2) + "\n"
+    (unfinished / RECORD).write_text(record, encoding="utf-8")
     (unfinished / "README.md").write_text(model_card(facts), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)

@@ -19,6 +19,7 @@ from tinyllm.pretrain.muon import build_optimizers
 from tinyllm.pretrain.packing import Mixture, encode_documents, to_tensors
 from tinyllm.pretrain.schedule import Progress, rate_factor
 from tinyllm.pretrain.settings import Settings
+from tinyllm.pretrain.start import load_weights, read_record
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,13 @@ class Run:
         else:
             self.stream = self.new_stream()
             log.info("corpus or weights changed: a new stream begins at this step")
+
+    def start_from(self, folder: str) -> None:
+        """Begin with the weights of an exported folder, and count on from what they saw."""
+        load_weights(self.model, folder)
+        self.progress, self.seen = read_record(Path(folder))
+        self.stream = self.new_stream()
+        log.info("started at step %d from the weights in %s", self.progress.step, folder)
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """Tensors (R, T) of one optimizer step, all processes together; counts what is seen."""

@@ -65,16 +65,18 @@ def prepare(run: Run) -> None:
     stage, path = run.settings.stage, start_checkpoint(run)
     if path:
         run.restore(path)
+    elif run.settings.start_from:
+        run.start_from(run.settings.start_from)
     if stage == "stable" and run.progress.decay_start >= 0:
         raise UserError(
             f"{path} is in its decay: go on with --stage decay, or put {run.folder / STABLE} "
             f"in place of the step-*.pt files to go back"
         )
     if stage == "decay" and run.progress.decay_start < 0:
-        if not path:
-            raise UserError(f"stage decay needs a checkpoint in {run.folder}")
+        if not path and not run.settings.start_from:
+            raise UserError(f"stage decay needs a checkpoint in {run.folder}, or --start_from")
         run.progress.decay_start = run.progress.step
-        if path != run.folder / STABLE:
+        if path and path != run.folder / STABLE:
             shutil.copyfile(path, run.folder / STABLE)
         log.info("decay: %d steps from step %d", run.settings.decay_steps, run.progress.step)
     log.info("products in %s, %d process(es)", run.precision, run.accelerator.num_processes)
