@@ -121,7 +121,7 @@ def measure_decode(pair: Pair, repeats: int, num_tokens: int) -> None:
 
     kinds = {
         "greedy, the base's own options": {},
-        "greedy, no repetition penalty": {"repetition_penalty": 1.0},
+        "greedy, repetition penalty 1.1": {"repetition_penalty": 1.1},
         "sampled": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
     }
     print(f"decode, {num_tokens} tokens each; engine {pair.engine.why}")

@@ -233,7 +233,14 @@ def test_the_modelfile_chooses_words_as_the_base_does():
     assert "PARAMETER repeat_penalty 1.0\nPARAMETER temperature 0\n" in greedy
     config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.2)
     lines = modelfile("m.gguf", tokenizer, None, config).splitlines()
-    for line in ("repeat_penalty 1.2", "temperature 0.7", "top_k 50", "top_p 0.9", "min_p 0.0"):
+    for line in (
+        "repeat_penalty 1.2",
+        "repeat_last_n -1",
+        "temperature 0.7",
+        "top_k 50",
+        "top_p 0.9",
+        "min_p 0.0",
+    ):
         assert f"PARAMETER {line}" in lines
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import REPOSITORY
+from pretraining import STORIES, losses_of, run_of, tiny_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinyllm.pretrain import __main__ as program
@@ -21,34 +22,14 @@ from tinyllm.pretrain.compiled import compiler_fault
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 from tinyllm.pretrain.model import build_model
 from tinyllm.pretrain.muon import Muon, build_optimizers, orthogonalize
-from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.schedule import Progress, rate_factor
 from tinyllm.pretrain.settings import Settings, parse
 from tinyllm.pretrain.train import prepare, train
 
-STORIES = [
-    f"{name}今天去{place}，买了{number}个{fruit}。回家以后，{name}把{fruit}分给妈妈。"
-    for name in ("小明", "小红", "阿姨") for place in ("商店", "市场", "超市")
-    for number in ("三", "五") for fruit in ("苹果", "橘子")
-]  # fmt: skip
-
 
 @pytest.fixture
 def settings(tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "stories.txt").write_text("\n\n".join(STORIES), encoding="utf-8")
-    return Settings(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
-        num_key_value_heads=1, head_dim=16, max_length=64, own_text=str(own),
-        work=str(tmp_path / "work"), export_to=str(tmp_path / "model"), sources="none",
-        max_steps=6, warmup_steps=1, rows_per_step=2, rows_per_forward=1, log_steps=1,
-        evaluate_passages=2, precision="fp32",
-    )  # fmt: skip
-
-
-def run_of(settings) -> Run:
-    return program.build_run(settings)[0]
+    return tiny_settings(tmp_path)
 
 
 def test_yaml_then_command_line_and_types(tmp_path):
@@ -199,10 +180,6 @@ def test_without_a_decay_the_rate_stays():
     assert {rate_factor(settings, Progress(step=s)) for s in range(10, 100)} == {1.0}
 
 
-def losses_of(run, num_steps):
-    return [run.train_step() for _ in range(num_steps)]
-
-
 def test_resume_equals_the_uninterrupted_run(settings):
     whole = run_of(settings)
     expected = losses_of(whole, 6)
@@ -346,39 +323,4 @@ def test_processes_that_know_nothing_of_each_other_are_refused(settings, monkeyp
     run_of(settings)  # accelerate keeps what it finds first: one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="do not train together"):
-        run_of(settings)
-
-
-def test_a_run_starts_from_an_exported_folder_and_counts_on(settings, tmp_path):
-    first = run_of(settings)
-    losses_of(first, 3)
-    program.export_run(first, {"sources": {}})
-    settings.start_from, settings.work = settings.export_to, str(tmp_path / "other")
-    second = run_of(settings)
-    prepare(second)
-    assert second.progress.step == 3 and second.progress.tokens == first.progress.tokens
-    assert second.seen == first.seen
-    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(a.bfloat16().float(), b)
-    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
-    losses_of(second, 1)
-    second.save()
-    third = run_of(settings)
-    prepare(third)  # a checkpoint comes before the folder
-    assert third.progress.step == 4
-
-
-def test_a_folder_of_another_shape_or_tokenizer_is_refused(settings, tmp_path):
-    program.export_run(run_of(settings), {"sources": {}})
-    settings.start_from, settings.work = settings.export_to, str(tmp_path / "other")
-    settings.num_layers = 3
-    with pytest.raises(ValueError, match="not of the shape that the settings ask for"):
-        prepare(run_of(settings))
-    settings.vocab_size, settings.work, settings.start_from = 400, str(tmp_path / "third"), ""
-    run_of(settings)
-    settings.start_from = settings.export_to
-    with pytest.raises(ValueError, match="its tokenizer is not that of"):
-        run_of(settings)
-    settings.start_from = str(tmp_path)
-    with pytest.raises(ValueError, match="expected an exported folder"):
         run_of(settings)

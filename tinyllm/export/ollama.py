@@ -34,6 +34,8 @@ def choice_lines(generation: GenerationConfig) -> list[str]:
     if generation.do_sample:
         names = ("temperature", "top_k", "top_p", "min_p")
         chosen |= {name: getattr(generation, name) for name in names}
+    if generation.repetition_penalty not in (None, 1.0):
+        chosen["repeat_last_n"] = -1  # transformers looks at everything, Ollama at 64 tokens
     values = {name: NEUTRAL[name] if value is None else value for name, value in chosen.items()}
     return [f"PARAMETER {name} {value}" for name, value in values.items()]
 
@@ -44,7 +46,7 @@ def modelfile(
     """Content of a Modelfile beside a GGUF file.
 
     Args:
-        generation: the options of the base, so that Ollama replies as ``inference_lora.py`` does.
+        generation: the options of the base, which Ollama keeps as far as it can.
 
     Raises:
         UserError: the base has a chat template of its own, which only Ollama can translate.

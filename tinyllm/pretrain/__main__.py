@@ -7,15 +7,22 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from tinyllm.errors import run_program
 from tinyllm.launcher_watch import watch_launcher
 from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
 from tinyllm.pretrain.export import export
+from tinyllm.pretrain.exported import (
+    Exported,
+    adopt_tokenizer,
+    check_same_tokenizer,
+    mean_with,
+    read_exported,
+)
 from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
-from tinyllm.pretrain.start import adopt_tokenizer
 from tinyllm.pretrain.train import train
 
 log = logging.getLogger("tinyllm.pretrain")
@@ -30,45 +37,74 @@ def fetch_paths(settings: Settings) -> dict[str, Path]:
     return sources.fetch_all(chosen, settings.path("sources"), settings.strict)
 
 
+def start_of(settings: Settings) -> Exported | None:
+    """The exported folder that this run begins from, if it begins now and from one."""
+    if not settings.start_from:
+        return None
+    if path := checkpoint.last(settings.path("checkpoints")):
+        log.info("--start_from %s is not used: %s is there", settings.start_from, path)
+        return None
+    return read_exported("--start_from", settings.start_from, settings)
+
+
 def build_run(settings: Settings) -> tuple[Run, dict]:
     """Text, tokenizer and a fresh run; also the counts of the corpus."""
-    folder = settings.path("corpus")
+    start = start_of(settings)
+    folder, tokenizer_folder = settings.path("corpus"), settings.path("tokenizer")
     counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder)
     train_texts = corpus.by_source(corpus.read_jsonl(folder / "train.jsonl"))
     heldout_texts = corpus.by_source(corpus.read_jsonl(folder / "heldout.jsonl"))
-    if settings.start_from:
-        adopt_tokenizer(settings.start_from, settings.path("tokenizer"))
-    tokenizer = vocabulary.build(
-        train_texts, settings.path("tokenizer"), settings.vocab_size, settings.max_length
+    tokenizer = (
+        adopt_tokenizer(start, tokenizer_folder)
+        if start
+        else vocabulary.build(
+            train_texts, tokenizer_folder, settings.vocab_size, settings.max_length
+        )
     )
-    return Run(settings, tokenizer, train_texts, heldout_texts, counts["digest"]), counts
+    run = Run(settings, tokenizer, train_texts, heldout_texts, counts["digest"])
+    if start:
+        run.start_from(start)
+    return run, counts
 
 
-def facts_of(run: Run, counts: dict) -> dict:
+def facts_of(run: Run, counts: dict, model: LlamaForCausalLM) -> dict:
     """What the model card says; results are those of the rounded weights that are exported."""
-    config = run.model.config
-    rounded = copy.deepcopy(run.model).to(torch.bfloat16).float()
+    config = model.config
+    rounded = copy.deepcopy(model).to(torch.bfloat16).float()
     return {
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": config.vocab_size, "layers": config.num_hidden_layers,
         "hidden": config.hidden_size, "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads, "length": run.settings.max_length,
         "steps": run.progress.step, "tokens": run.progress.tokens,
         "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
-        "optimizer": run.settings.optimizer, "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
+        "optimizer": run.settings.optimizer, "averaged": bool(run.settings.average_with),
+        "own_text": run.settings.own_text,
+        "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
     }  # fmt: skip
 
 
 def export_run(run: Run, counts: dict) -> None:
-    """Export the present weights unless exactly they were exported to that folder already."""
+    """Export the present weights, or their mean with others, unless exactly they were exported to that folder."""
     target, record = Path(run.settings.export_to), run.settings.path("exported.json")
-    mark = {"step": run.progress.step, "folder": str(target)}
+    other, progress = run.settings.average_with, run.progress
+    mark = {
+        "step": progress.step, "seconds": progress.seconds, "folder": str(target), "average_with": other,
+    }  # fmt: skip
     done = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
     if run.settings.stage != "export" and target.exists() and done == mark:
         log.info("export: up to date")
         return
-    export(run.model, run.tokenizer, facts_of(run, counts), target)
+    model = averaged(run, other) if other else run.model
+    export(model, run.tokenizer, facts_of(run, counts, model), target)
     record.write_text(json.dumps(mark), encoding="utf-8")
+
+
+def averaged(run: Run, folder: str) -> LlamaForCausalLM:
+    """The mean of the present weights and those of an exported folder."""
+    other = read_exported("--average_with", folder, run.settings)
+    check_same_tokenizer("--average_with", other, run.tokenizer, "this run")
+    return mean_with(run.model, other)
 
 
 def main() -> None:
@@ -79,6 +115,8 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     transformers_logging.set_verbosity_error()
+    if settings.average_with:  # refused now rather than after the training
+        read_exported("--average_with", settings.average_with, settings)
     run, counts = build_run(settings)
     if settings.stage == "export":
         run.restore(checkpoint.require_last(run.folder))

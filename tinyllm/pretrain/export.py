@@ -1,7 +1,7 @@
 """The finished model folder: what plain transformers, peft, vLLM and llama.cpp open.
 
 Files: config.json, generation_config.json, model.safetensors (bfloat16), tokenizer.json,
-tokenizer_config.json, special_tokens_map.json, chat_template.jinja, README.md, and pretraining.json, which
+tokenizer_config.json, chat_template.jinja, README.md, and pretraining.json, which
 a later run goes on from (`--start_from`).
 """
 
@@ -16,8 +16,8 @@ import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tinyllm import tokenizer_files
+from tinyllm.pretrain.exported import RECORD, record_of
 from tinyllm.pretrain.model_card import model_card
-from tinyllm.pretrain.start import RECORD, record_of
 from tinyllm.pretrain.vocabulary import chat_template
 
 log = logging.getLogger(__name__)

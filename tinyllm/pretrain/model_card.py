@@ -25,11 +25,22 @@ OPTIMIZERS = {
 }
 
 
+OUR_TEXT = "data/pretrain"  # the default of --own_text, whose licence we know
+
+
+def described(source: str, own_text: str) -> tuple[str, str, str]:
+    """Version, licence and content of a source; of a folder of texts that is not ours no licence is known."""
+    version, licence, content = LICENCES.get(source, ("", "not known", "not known"))
+    if version != "this repository" or own_text == OUR_TEXT:
+        return version, licence, content
+    return "", "that of its authors", content.replace(f"{OUR_TEXT}/", own_text)
+
+
 def source_rows(facts: dict) -> str:
     """One table row per text, the most seen first."""
     rows = []
     for source, tokens in sorted(facts["seen"].items(), key=lambda item: -item[1]):
-        version, licence, content = LICENCES[source]
+        version, licence, content = described(source, facts["own_text"])
         counts = facts["corpus"].get(source, {"train": 0, "train_characters": 0})
         rows.append(
             f"| {source} {version} | {content} | {licence} | {counts['train']:,} | "
@@ -45,11 +56,12 @@ def result_rows(results: dict[str, float]) -> str:
 
 def model_card(facts: dict) -> str:
     """Markdown from facts: `parameters`, `vocabulary`, `layers`, `hidden`, `heads`, `kv_heads`,
-    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `corpus` (counts by source) and
+    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `averaged` (with an earlier export), `own_text` (the folder), `corpus` (counts by source) and
     `results` (bits per character by held-out source).
     """
+    ours = facts["own_text"] == OUR_TEXT
     return f"""---
-license: apache-2.0
+license: {"apache-2.0" if ours else "other"}
 language: [zh]
 library_name: transformers
 pipeline_tag: text-generation
@@ -75,7 +87,8 @@ held out. None of the fetched text is part of this folder.
 
 {facts["steps"]:,} optimizer steps, {facts["tokens"] / 1e6:.2f}M tokens in rows of {facts["length"]}, \
 {facts["seconds"] / 60:.0f} minutes; {OPTIMIZERS[facts["optimizer"]]}; \
-warm-up, stable rate, linear decay.
+warm-up, stable rate, linear decay\
+{"; the mean of the last weights and of those before the last decay" if facts["averaged"] else ""}.
 
 ## Results
 
@@ -94,5 +107,5 @@ Use it for experiments, not for facts, advice or anything that matters.
 
 ## Licence
 
-The weights are ours, under Apache-2.0. The texts keep the licences in the table.
+{"The weights are ours, under Apache-2.0." if ours else "Whoever trained them says so."} The texts keep the licences in the table.
 """

@@ -14,12 +14,12 @@ from tinyllm.native_bf16 import cpu_multiplies_bf16
 from tinyllm.pretrain import checkpoint
 from tinyllm.pretrain.compiled import as_written, compile_layers
 from tinyllm.pretrain.evaluate import bits_per_character, passages
+from tinyllm.pretrain.exported import Exported
 from tinyllm.pretrain.model import IGNORE_INDEX, PackedLoss, build_model
 from tinyllm.pretrain.muon import build_optimizers
 from tinyllm.pretrain.packing import Mixture, encode_documents, to_tensors
 from tinyllm.pretrain.schedule import Progress, rate_factor
 from tinyllm.pretrain.settings import Settings
-from tinyllm.pretrain.start import load_weights, read_record
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +142,12 @@ class Run:
             self.stream = self.new_stream()
             log.info("corpus or weights changed: a new stream begins at this step")
 
-    def start_from(self, folder: str) -> None:
+    def start_from(self, exported: Exported) -> None:
         """Begin with the weights of an exported folder, and count on from what they saw."""
-        load_weights(self.model, folder)
-        self.progress, self.seen = read_record(Path(folder))
+        self.model.load_state_dict(exported.weights)
+        self.progress, self.seen = exported.progress, dict(exported.seen)
         self.stream = self.new_stream()
-        log.info("started at step %d from the weights in %s", self.progress.step, folder)
+        log.info("started at step %d from the weights in %s", self.progress.step, exported.folder)
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """Tensors (R, T) of one optimizer step, all processes together; counts what is seen."""

@@ -13,6 +13,9 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # spent in steps, over all restarts; pauses are not counted
     decay_start: int = -1  # first step of the decay stage, -1 before it
+    start: int = (
+        0  # step at which the optimizers were fresh; what was before is that of --start_from
+    )
 
 
 def fraction_done(settings: Settings, progress: Progress) -> float:
@@ -26,7 +29,7 @@ def fraction_done(settings: Settings, progress: Progress) -> float:
 
 def rate_factor(settings: Settings, progress: Progress) -> float:
     """What the learning rates are multiplied with at this step, in (0, 1]."""
-    warmup = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
+    warmup = min(1.0, (progress.step - progress.start + 1) / max(1, settings.warmup_steps))
     if settings.stage == "stable":
         return warmup
     done = fraction_done(settings, progress)

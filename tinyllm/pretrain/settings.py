@@ -67,8 +67,10 @@ class Settings(ModelSettings):
     decay_steps: int = setting(0, "length of the decay stage, from the step where it begins")
     decay_from_checkpoint: str = setting("", "begin the decay here instead of the last checkpoint")
     start_from: str = setting(
-        "", "exported folder whose weights a run without checkpoints begins with, and its tokenizer"
+        "",
+        "exported folder whose weights and tokenizer a decay begins with, where no checkpoint is",
     )
+    average_with: str = setting("", "exported folder: export the mean of its weights and these")
     rows_per_step: int = setting(8, "packed rows in one optimizer step, over all processes")
     rows_per_forward: int = setting(4, "packed rows in one forward")
     optimizer: str = setting("muon", "of the hidden matrices: muon, or adamw like all the rest")
@@ -98,6 +100,8 @@ class Settings(ModelSettings):
                 raise UserError(f"{name} is {value!r}; choose {', '.join(choices)}")
         if self.stage == "decay" and self.decay_steps < 1:
             raise UserError("stage decay needs --decay_steps of at least 1")
+        if self.start_from and (self.stage != "decay" or self.decay_from_checkpoint):
+            raise UserError("start_from is for --stage decay, without --decay_from_checkpoint")
         if self.max_steps < 1:
             raise UserError(f"max_steps is {self.max_steps}; expected at least 1")
         if self.num_heads % self.num_key_value_heads:

@@ -65,11 +65,9 @@ def prepare(run: Run) -> None:
     stage, path = run.settings.stage, start_checkpoint(run)
     if path:
         run.restore(path)
-    elif run.settings.start_from:
-        run.start_from(run.settings.start_from)
     if stage == "stable" and run.progress.decay_start >= 0:
         raise UserError(
-            f"{path} is in its decay: go on with --stage decay, or put {run.folder / STABLE} "
+            f"{path} is in its decay: go on with --stage decay, or put {run.folder / STABLE}, if it is there, "
             f"in place of the step-*.pt files to go back"
         )
     if stage == "decay" and run.progress.decay_start < 0:

@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tinyllm.errors import UserError
 from tinyllm.pretrain.corpus import HAN
 
 log = logging.getLogger(__name__)
@@ -104,10 +105,20 @@ def single_token_share(tokenizer: PreTrainedTokenizerFast, text: str, at_least: 
 def build(
     texts: dict[str, list[str]], folder: Path, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """Learn and save the tokenizer unless the folder holds one (a model depends on it)."""
+    """Learn and save the tokenizer unless the folder holds one (a model depends on it).
+
+    Raises:
+        UserError: the one in the folder has more entries than the model shall have.
+    """
     if (folder / "tokenizer.json").exists():
         log.info("vocabulary: up to date")
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        if len(tokenizer) > vocab_size:
+            raise UserError(
+                f"{folder} has {len(tokenizer)} entries, more than the vocab_size of {vocab_size}; give --work "
+                "another folder"
+            )
+        return tokenizer
     tokenizer = wrap(learn(texts, vocab_size), max_length)
     share = single_token_share(tokenizer, "".join(texts.get("own", [])))
     sample = "".join(texts.get("own", []))[:50_000]

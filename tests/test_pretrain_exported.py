@@ -1,0 +1,152 @@
+"""Beginning from an exported folder, and averaging with one."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pretraining import losses_of, run_of, tiny_settings
+from transformers import AutoModelForCausalLM
+
+from tinyllm.pretrain import __main__ as program
+from tinyllm.pretrain.model_card import model_card
+from tinyllm.pretrain.schedule import Progress, rate_factor
+from tinyllm.pretrain.settings import Settings
+from tinyllm.pretrain.train import prepare, train
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return tiny_settings(tmp_path)
+
+
+@pytest.fixture
+def later(settings, tmp_path):
+    """A run of three steps with its export, and settings of a decay that starts from that."""
+    first = run_of(settings)
+    losses_of(first, 3)
+    program.export_run(first, {"sources": {}})
+    changes = {
+        "stage": "decay",
+        "decay_steps": 2,
+        "start_from": settings.export_to,
+        "save_minutes": 0,
+    }
+    work = {"work": str(tmp_path / "other"), "export_to": str(tmp_path / "later")}
+    return first, dataclasses.replace(settings, **changes, **work)
+
+
+def test_a_decay_starts_from_an_exported_folder_and_counts_on(later):
+    first, settings = later
+    second = run_of(settings)
+    assert second.progress.step == 3 and second.progress.tokens == first.progress.tokens
+    assert second.seen == first.seen
+    for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b)
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    train(second)
+    assert second.progress.step == 5 and second.progress.decay_start == 3
+
+
+def test_an_interrupted_decay_from_an_exported_folder_goes_on(later, caplog):
+    _, settings = later
+    whole = run_of(settings)
+    train(whole)
+    first = run_of(dataclasses.replace(settings, work=settings.work + "2"))
+    prepare(first)
+    losses_of(first, 1)
+    first.save()
+    shutil.rmtree(settings.start_from)  # is needed no more
+    with caplog.at_level("INFO"):
+        second = run_of(first.settings)
+    assert "is not used: " in caplog.text
+    train(second)
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fresh_optimizers_are_warmed_up():
+    settings = Settings(stage="decay", decay_steps=100, warmup_steps=10)
+    progress = Progress(step=500, decay_start=500, start=500)
+    assert rate_factor(settings, progress) == pytest.approx(0.1)
+    progress.step += 20
+    assert rate_factor(settings, progress) == pytest.approx(0.8)
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Damage an exported folder."""
+    if how == "weights":
+        (folder / "model.safetensors").write_bytes(b"x" * 100)
+    elif how == "record":
+        (folder / "pretraining.json").write_text("[]")
+    elif how == "numbers":
+        (folder / "pretraining.json").write_text('{"steps": "many"}')
+    elif how == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif how == "heads":
+        config = json.loads((folder / "config.json").read_text())
+        config.update(num_attention_heads=4, head_dim=8, num_key_value_heads=2)
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("weights", "cannot be loaded"), ("record", "expected a JSON object"),
+        ("numbers", "expected the numbers steps"), ("tokenizer", "tokenizer cannot be loaded"),
+        ("heads", "num_attention_heads is 4, the settings ask for 2"), ("all", "no such base folder"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_begun_from_is_refused_and_leaves_nothing(later, how, message):
+    _, settings = later
+    spoil(Path(settings.start_from), how)
+    with pytest.raises(ValueError, match=message):
+        run_of(settings)
+    assert not Path(settings.work).exists()
+
+
+def test_another_tokenizer_or_stage_is_refused(later):
+    _, settings = later
+    with pytest.raises(ValueError, match="is for --stage decay"):
+        dataclasses.replace(settings, stage="full")
+    path = Path(settings.own_text) / "stories.txt"
+    path.write_text(path.read_text(encoding="utf-8").replace("苹果", "香蕉"), encoding="utf-8")
+    other = dataclasses.replace(settings, stage="full", start_from="")
+    run_of(other)
+    with pytest.raises(ValueError, match=r"its tokenizer is not that of .*give --work another"):
+        run_of(settings)
+    with pytest.raises(ValueError, match="more than the vocab_size of 300"):
+        run_of(dataclasses.replace(other, vocab_size=300))
+
+
+def test_the_exported_weights_can_be_the_mean_with_an_earlier_export(later):
+    _, settings = later
+    settings.average_with = settings.start_from
+    run = run_of(settings)
+    train(run)
+    program.export_run(run, {"sources": {}})
+    before, mean = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (settings.start_from, settings.export_to)
+    )
+    for (name, a), b, c in zip(
+        run.model.named_parameters(), before.parameters(), mean.parameters(), strict=True
+    ):
+        assert torch.equal(((a + b) / 2).bfloat16().float(), c), name
+    assert "the mean of the last weights" in (Path(settings.export_to) / "README.md").read_text()
+
+
+def test_the_card_of_other_peoples_text_claims_no_licence(later):
+    run, settings = later
+    card = (Path(settings.start_from) / "README.md").read_text(encoding="utf-8")
+    assert "that of its authors" in card and "under Apache-2.0" not in card
+    facts = program.facts_of(run, {"sources": {}}, run.model)
+    ours = model_card({**facts, "own_text": Settings.own_text})
+    assert (
+        "`data/pretrain/`) | Apache-2.0" in ours
+        and "The weights are ours, under Apache-2.0." in ours
+    )

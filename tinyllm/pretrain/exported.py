@@ -1,0 +1,123 @@
+"""An exported folder read back: to begin from its weights with fresh optimizers, or to average with them.
+
+Its ``pretraining.json`` tells what the weights have seen, so that the next model card counts on from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tinyllm.base import load_base, read_json
+from tinyllm.errors import UserError
+from tinyllm.fingerprint import hash_tokenizer
+from tinyllm.pretrain.model import build_config
+from tinyllm.pretrain.schedule import Progress
+from tinyllm.pretrain.settings import Settings
+from tinyllm.whole_folder import whole_folder
+
+log = logging.getLogger(__name__)
+
+RECORD = "pretraining.json"  # beside the weights: steps, tokens, seconds, tokens by source
+ARCHITECTURE = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act",
+)  # fmt: skip
+
+
+@dataclass
+class Exported:
+    """What an exported folder holds, its weights in float32."""
+
+    folder: str
+    weights: dict[str, torch.Tensor]
+    tokenizer: PreTrainedTokenizerFast
+    progress: Progress
+    seen: dict[str, int]
+
+
+def read_exported(option: str, folder: str, settings: Settings) -> Exported:
+    """Read a folder that an option names.
+
+    Raises:
+        UserError: it cannot be read, or is not of the architecture that the settings ask for.
+    """
+    model, tokenizer = load_base(folder, torch.float32)
+    wanted, found = build_config(settings).to_dict(), model.config.to_dict()
+    for name in ARCHITECTURE:
+        if found.get(name) != wanted[name]:
+            raise UserError(
+                f"{option} {folder}: its {name} is {found.get(name)}, the settings ask for {wanted[name]}"
+            )
+    return Exported(folder, model.state_dict(), tokenizer, *read_record(Path(folder)))
+
+
+def record_of(facts: dict) -> dict:
+    """What of the facts of the model card a later run goes on counting from."""
+    return {name: facts[name] for name in ("steps", "tokens", "seconds", "seen")}
+
+
+def read_record(folder: Path) -> tuple[Progress, dict[str, int]]:
+    """Progress, and the tokens seen by source; all at zero, and said so, where the folder does not tell.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        log.info("%s has no %s: what it saw before is not counted", folder, RECORD)
+        return Progress(), {}
+    record = read_json(path)
+    try:
+        steps, seen = int(record["steps"]), {k: int(v) for k, v in record["seen"].items()}
+        progress = Progress(steps, int(record["tokens"]), float(record["seconds"]), start=steps)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{path}: expected the numbers steps, tokens and seconds, and seen with tokens by source; "
+            "without the file nothing is counted"
+        ) from None
+    return progress, seen
+
+
+def adopt_tokenizer(exported: Exported, folder: Path) -> PreTrainedTokenizerFast:
+    """Make the tokenizer of the exported folder, which its weights depend on, that of the run.
+
+    Raises:
+        UserError: the run has another one already.
+    """
+    exists = (folder / "tokenizer.json").exists()
+    if exists:
+        ours = PreTrainedTokenizerFast.from_pretrained(folder)
+        check_same_tokenizer(
+            "--start_from", exported, ours, f"{folder}; give --work another folder"
+        )
+    elif os.environ.get("RANK", "0") == "0":  # the others have it in memory
+        with whole_folder(folder) as scratch:
+            exported.tokenizer.save_pretrained(scratch)
+        log.info("vocabulary: that of %s", exported.folder)
+    return exported.tokenizer
+
+
+def check_same_tokenizer(
+    option: str, exported: Exported, ours: PreTrainedTokenizerFast, where: str
+) -> None:
+    """Raise a UserError unless both tokenizers are the same."""
+    if hash_tokenizer(exported.tokenizer) != hash_tokenizer(ours):
+        raise UserError(f"{option} {exported.folder}: its tokenizer is not that of {where}")
+
+
+def mean_with(model: LlamaForCausalLM, exported: Exported) -> LlamaForCausalLM:
+    """A model whose weights are the mean of the model's and those it was trained further from (Wortsman et al.
+    2022, arXiv:2203.05482, average models that share their start).
+    """
+    mean, theirs = copy.deepcopy(model), exported.weights
+    weights = {name: (w + theirs[name].to(w.device)) / 2 for name, w in model.state_dict().items()}
+    mean.load_state_dict(weights)
+    return mean
