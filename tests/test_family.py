@@ -60,7 +60,8 @@ def test_logits_and_loss_are_the_family_s_own(case):
     assert (logits - expected["logits"])[compared].abs().max() <= 1e-5
     assert abs(output.loss.item() - expected["loss"].item()) <= 1e-5
     tail = model(input_ids=expected["long_ids"]).logits[:, -4:]
-    assert (tail - expected["long_logits_tail"]).abs().max() <= 1e-5
+    # Logits of 10 after hundreds of tokens: processors that sum in another order differ in the last bits.
+    assert (tail - expected["long_logits_tail"]).abs().max() <= 2e-5
 
 
 def test_greedy_text_is_the_family_s_own(case):

@@ -11,7 +11,9 @@ from pretraining import losses_of, run_of, tiny_settings
 from transformers import AutoModelForCausalLM
 
 from tinyllm.pretrain import __main__ as program
+from tinyllm.pretrain import checkpoint
 from tinyllm.pretrain.model_card import model_card
+from tinyllm.pretrain.run import add_text
 from tinyllm.pretrain.schedule import Progress, rate_factor
 from tinyllm.pretrain.settings import Settings
 from tinyllm.pretrain.train import prepare, train
@@ -50,7 +52,7 @@ def test_a_decay_starts_from_an_exported_folder_and_counts_on(later):
     assert second.progress.step == 5 and second.progress.decay_start == 3
 
 
-def test_an_interrupted_decay_from_an_exported_folder_goes_on(later, caplog):
+def test_an_interrupted_decay_from_an_exported_folder_goes_on(later):
     _, settings = later
     whole = run_of(settings)
     train(whole)
@@ -59,12 +61,18 @@ def test_an_interrupted_decay_from_an_exported_folder_goes_on(later, caplog):
     losses_of(first, 1)
     first.save()
     shutil.rmtree(settings.start_from)  # is needed no more
-    with caplog.at_level("INFO"):
-        second = run_of(first.settings)
-    assert "is not used: " in caplog.text
+    second = run_of(first.settings)
     train(second)
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
+    assert second.start.keys() == whole.start.keys()
+
+
+def test_checkpoints_of_another_run_are_not_gone_on_with(later):
+    first, settings = later
+    first.save()
+    with pytest.raises(ValueError, match=r"began from random weights, not from .*another folder"):
+        run_of(dataclasses.replace(settings, work=first.settings.work))
 
 
 def test_fresh_optimizers_are_warmed_up():
@@ -96,9 +104,9 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("weights", "cannot be loaded"), ("record", "expected a JSON object"),
+        ("weights", "--start_from: .*cannot be loaded"), ("record", "expected a JSON object"),
         ("numbers", "expected the numbers steps"), ("tokenizer", "tokenizer cannot be loaded"),
-        ("heads", "num_attention_heads is 4, the settings ask for 2"), ("all", "no such base folder"),
+        ("heads", "num_attention_heads is 4, the settings ask for 2"), ("all", "--start_from .*: no such folder"),
     ],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_begun_from_is_refused_and_leaves_nothing(later, how, message):
@@ -109,10 +117,22 @@ def test_a_folder_that_cannot_be_begun_from_is_refused_and_leaves_nothing(later,
     assert not Path(settings.work).exists()
 
 
-def test_another_tokenizer_or_stage_is_refused(later):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": "full"}, "is for --stage decay"),
+        ({"export_to": "start"}, "would be overwritten"),
+        ({"stage": "stable", "start_from": "", "average_start": True}, "begins with --start_from"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, message):
+    settings = {"stage": "decay", "decay_steps": 2, "start_from": "start"}
+    with pytest.raises(ValueError, match=message):
+        Settings(**{**settings, **changes})
+
+
+def test_another_tokenizer_is_refused(later):
     _, settings = later
-    with pytest.raises(ValueError, match="is for --stage decay"):
-        dataclasses.replace(settings, stage="full")
     path = Path(settings.own_text) / "stories.txt"
     path.write_text(path.read_text(encoding="utf-8").replace("苹果", "香蕉"), encoding="utf-8")
     other = dataclasses.replace(settings, stage="full", start_from="")
@@ -123,9 +143,9 @@ def test_another_tokenizer_or_stage_is_refused(later):
         run_of(dataclasses.replace(other, vocab_size=300))
 
 
-def test_the_exported_weights_can_be_the_mean_with_an_earlier_export(later):
+def test_the_exported_weights_can_be_the_mean_with_the_first_ones(later):
     _, settings = later
-    settings.average_with = settings.start_from
+    settings.average_start = True
     run = run_of(settings)
     train(run)
     program.export_run(run, {"sources": {}})
@@ -138,15 +158,50 @@ def test_the_exported_weights_can_be_the_mean_with_an_earlier_export(later):
     ):
         assert torch.equal(((a + b) / 2).bfloat16().float(), c), name
     assert "the mean of the last weights" in (Path(settings.export_to) / "README.md").read_text()
+    again = run_of(dataclasses.replace(settings, stage="export", start_from=""))
+    again.restore(checkpoint.last(run.folder))
+    program.export_run(again, {"sources": {}})
+    after = AutoModelForCausalLM.from_pretrained(settings.export_to, dtype=torch.float32)
+    for a, b in zip(mean.parameters(), after.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
-def test_the_card_of_other_peoples_text_claims_no_licence(later):
-    run, settings = later
+def test_a_run_from_random_weights_has_no_mean_with_its_start(settings):
+    run = run_of(settings)
+    run.settings.average_start = True
+    with pytest.raises(ValueError, match="did not begin with --start_from"):
+        program.export_run(run, {"sources": {}})
+
+
+def test_the_card_follows_the_texts_and_the_start_over_runs(later):
+    _, settings = later
     card = (Path(settings.start_from) / "README.md").read_text(encoding="utf-8")
-    assert "that of its authors" in card and "under Apache-2.0" not in card
+    assert "those of their authors" in card and "under Apache-2.0" not in card
+    run = run_of(settings)
+    assert run.own_texts == [settings.own_text]
+    assert add_text(run.own_texts, "data/pretrain/")[1:] == ["data/pretrain"]
     facts = program.facts_of(run, {"sources": {}}, run.model)
-    ours = model_card({**facts, "own_text": Settings.own_text})
+    assert f"further from the weights that were in `{settings.start_from}`" in model_card(facts)
+    ours = model_card({**facts, "own_texts": ["data/pretrain"], "started_from": ""})
     assert (
         "`data/pretrain/`) | Apache-2.0" in ours
         and "The weights are ours, under Apache-2.0." in ours
     )
+    assert "trained from random weights" in ours
+
+
+def test_weights_without_a_record_are_not_called_ours(later):
+    _, settings = later
+    (Path(settings.start_from) / "pretraining.json").unlink()
+    run = run_of(settings)
+    assert run.progress.step == 0 and run.own_texts[0].startswith("what ")
+
+
+def test_text_that_cannot_be_read_is_named(settings):
+    path = Path(settings.own_text) / "more.txt"
+    path.write_bytes("你好".encode("gbk"))
+    with pytest.raises(ValueError, match=r"more\.txt: not UTF-8"):
+        run_of(settings)
+    settings.own_text = str(path.parent / "nothing")
+    with pytest.raises(ValueError, match=r"nothing: no such folder, or no \*\.txt in it"):
+        run_of(settings)

@@ -165,7 +165,7 @@ def test_corpus_is_rebuilt_only_when_text_changes(tmp_path):
 
 
 def test_no_text_at_all_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="no such folder, or no"):
         corpus.build(tmp_path, {}, tmp_path / "corpus")
 
 

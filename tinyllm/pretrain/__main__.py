@@ -10,14 +10,13 @@ import torch
 from transformers import LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from tinyllm.errors import run_program
+from tinyllm.errors import UserError, run_program
 from tinyllm.launcher_watch import watch_launcher
 from tinyllm.pretrain import checkpoint, corpus, sources, vocabulary
 from tinyllm.pretrain.export import export
 from tinyllm.pretrain.exported import (
     Exported,
     adopt_tokenizer,
-    check_same_tokenizer,
     mean_with,
     read_exported,
 )
@@ -38,13 +37,22 @@ def fetch_paths(settings: Settings) -> dict[str, Path]:
 
 
 def start_of(settings: Settings) -> Exported | None:
-    """The exported folder that this run begins from, if it begins now and from one."""
+    """The exported folder that this run begins from, if it begins now and from one.
+
+    Raises:
+        UserError: the working folder holds a run that began otherwise.
+    """
     if not settings.start_from:
         return None
     if path := checkpoint.last(settings.path("checkpoints")):
-        log.info("--start_from %s is not used: %s is there", settings.start_from, path)
+        before = checkpoint.load(path).get("started_from", "")
+        if before != settings.start_from:
+            raise UserError(
+                f"{path} is of a run that began from {before or 'random weights'}, not from "
+                f"{settings.start_from}; give --work another folder"
+            )
         return None
-    return read_exported("--start_from", settings.start_from, settings)
+    return read_exported(settings)
 
 
 def build_run(settings: Settings) -> tuple[Run, dict]:
@@ -78,33 +86,30 @@ def facts_of(run: Run, counts: dict, model: LlamaForCausalLM) -> dict:
         "kv_heads": config.num_key_value_heads, "length": run.settings.max_length,
         "steps": run.progress.step, "tokens": run.progress.tokens,
         "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
-        "optimizer": run.settings.optimizer, "averaged": bool(run.settings.average_with),
-        "own_text": run.settings.own_text,
+        "optimizer": run.settings.optimizer, "averaged": run.settings.average_start,
+        "own_texts": run.own_texts, "started_from": run.started_from,
         "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
     }  # fmt: skip
 
 
 def export_run(run: Run, counts: dict) -> None:
-    """Export the present weights, or their mean with others, unless exactly they were exported to that folder."""
+    """Export the present weights, or their mean with the first, unless exactly they were exported there already."""
     target, record = Path(run.settings.export_to), run.settings.path("exported.json")
-    other, progress = run.settings.average_with, run.progress
     mark = {
-        "step": progress.step, "seconds": progress.seconds, "folder": str(target), "average_with": other,
+        "step": run.progress.step, "seconds": run.progress.seconds, "folder": str(target),
+        "average_start": run.settings.average_start,
     }  # fmt: skip
     done = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
     if run.settings.stage != "export" and target.exists() and done == mark:
         log.info("export: up to date")
         return
-    model = averaged(run, other) if other else run.model
+    model = run.model
+    if run.settings.average_start:
+        if run.start is None:
+            raise UserError("--average_start: this run did not begin with --start_from")
+        model = mean_with(run.model, run.start)
     export(model, run.tokenizer, facts_of(run, counts, model), target)
     record.write_text(json.dumps(mark), encoding="utf-8")
-
-
-def averaged(run: Run, folder: str) -> LlamaForCausalLM:
-    """The mean of the present weights and those of an exported folder."""
-    other = read_exported("--average_with", folder, run.settings)
-    check_same_tokenizer("--average_with", other, run.tokenizer, "this run")
-    return mean_with(run.model, other)
 
 
 def main() -> None:
@@ -115,8 +120,6 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
     )
     transformers_logging.set_verbosity_error()
-    if settings.average_with:  # refused now rather than after the training
-        read_exported("--average_with", settings.average_with, settings)
     run, counts = build_run(settings)
     if settings.stage == "export":
         run.restore(checkpoint.require_last(run.folder))

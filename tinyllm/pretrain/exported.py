@@ -1,4 +1,4 @@
-"""An exported folder read back: to begin from its weights with fresh optimizers, or to average with them.
+"""An exported folder read back: to begin from its weights with fresh optimizers, and to average with them.
 
 Its ``pretraining.json`` tells what the weights have seen, so that the next model card counts on from there.
 """
@@ -33,39 +33,58 @@ ARCHITECTURE = (
 
 
 @dataclass
+class History:
+    """What weights have seen, over all runs that they went through.
+
+    Attributes:
+        seen: tokens by source.
+        own_texts: the folders of `--own_text`.
+    """
+
+    progress: Progress
+    seen: dict[str, int]
+    own_texts: list[str]
+
+
+@dataclass
 class Exported:
     """What an exported folder holds, its weights in float32."""
 
     folder: str
     weights: dict[str, torch.Tensor]
     tokenizer: PreTrainedTokenizerFast
-    progress: Progress
-    seen: dict[str, int]
+    history: History
 
 
-def read_exported(option: str, folder: str, settings: Settings) -> Exported:
-    """Read a folder that an option names.
+def read_exported(settings: Settings) -> Exported:
+    """Read the folder of `--start_from`.
 
     Raises:
         UserError: it cannot be read, or is not of the architecture that the settings ask for.
     """
-    model, tokenizer = load_base(folder, torch.float32)
+    option, folder = f"--start_from {settings.start_from}", Path(settings.start_from)
+    if not folder.is_dir():
+        raise UserError(f"{option}: no such folder")
+    try:
+        model, tokenizer = load_base(folder, torch.float32)
+    except UserError as error:
+        raise UserError(f"--start_from: {error}") from error
     wanted, found = build_config(settings).to_dict(), model.config.to_dict()
     for name in ARCHITECTURE:
         if found.get(name) != wanted[name]:
             raise UserError(
-                f"{option} {folder}: its {name} is {found.get(name)}, the settings ask for {wanted[name]}"
+                f"{option}: its {name} is {found.get(name)}, the settings ask for {wanted[name]}"
             )
-    return Exported(folder, model.state_dict(), tokenizer, *read_record(Path(folder)))
+    return Exported(settings.start_from, model.state_dict(), tokenizer, read_record(folder))
 
 
 def record_of(facts: dict) -> dict:
     """What of the facts of the model card a later run goes on counting from."""
-    return {name: facts[name] for name in ("steps", "tokens", "seconds", "seen")}
+    return {name: facts[name] for name in ("steps", "tokens", "seconds", "seen", "own_texts")}
 
 
-def read_record(folder: Path) -> tuple[Progress, dict[str, int]]:
-    """Progress, and the tokens seen by source; all at zero, and said so, where the folder does not tell.
+def read_record(folder: Path) -> History:
+    """What the weights of a folder have seen; nothing, and said so, where the folder does not tell.
 
     Raises:
         UserError: the record is damaged.
@@ -73,17 +92,18 @@ def read_record(folder: Path) -> tuple[Progress, dict[str, int]]:
     path = folder / RECORD
     if not path.exists():
         log.info("%s has no %s: what it saw before is not counted", folder, RECORD)
-        return Progress(), {}
+        return History(Progress(), {}, [f"what {folder} saw"])
     record = read_json(path)
     try:
         steps, seen = int(record["steps"]), {k: int(v) for k, v in record["seen"].items()}
         progress = Progress(steps, int(record["tokens"]), float(record["seconds"]), start=steps)
+        own_texts = [str(text) for text in record["own_texts"]]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
-            f"{path}: expected the numbers steps, tokens and seconds, and seen with tokens by source; "
-            "without the file nothing is counted"
+            f"{path}: expected the numbers steps, tokens and seconds, seen with tokens by source, and the list "
+            "own_texts; without the file nothing is counted"
         ) from None
-    return progress, seen
+    return History(progress, seen, own_texts)
 
 
 def adopt_tokenizer(exported: Exported, folder: Path) -> PreTrainedTokenizerFast:
@@ -92,12 +112,12 @@ def adopt_tokenizer(exported: Exported, folder: Path) -> PreTrainedTokenizerFast
     Raises:
         UserError: the run has another one already.
     """
-    exists = (folder / "tokenizer.json").exists()
-    if exists:
+    if (folder / "tokenizer.json").exists():
         ours = PreTrainedTokenizerFast.from_pretrained(folder)
-        check_same_tokenizer(
-            "--start_from", exported, ours, f"{folder}; give --work another folder"
-        )
+        if hash_tokenizer(exported.tokenizer) != hash_tokenizer(ours):
+            raise UserError(
+                f"--start_from {exported.folder}: its tokenizer is not that of {folder}; give --work another folder"
+            )
     elif os.environ.get("RANK", "0") == "0":  # the others have it in memory
         with whole_folder(folder) as scratch:
             exported.tokenizer.save_pretrained(scratch)
@@ -105,19 +125,10 @@ def adopt_tokenizer(exported: Exported, folder: Path) -> PreTrainedTokenizerFast
     return exported.tokenizer
 
 
-def check_same_tokenizer(
-    option: str, exported: Exported, ours: PreTrainedTokenizerFast, where: str
-) -> None:
-    """Raise a UserError unless both tokenizers are the same."""
-    if hash_tokenizer(exported.tokenizer) != hash_tokenizer(ours):
-        raise UserError(f"{option} {exported.folder}: its tokenizer is not that of {where}")
-
-
-def mean_with(model: LlamaForCausalLM, exported: Exported) -> LlamaForCausalLM:
-    """A model whose weights are the mean of the model's and those it was trained further from (Wortsman et al.
-    2022, arXiv:2203.05482, average models that share their start).
+def mean_with(model: LlamaForCausalLM, start: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    """A model whose weights are the mean of the model's and those it began from (Wortsman et al. 2022,
+    arXiv:2203.05482, average models that share their start).
     """
-    mean, theirs = copy.deepcopy(model), exported.weights
-    weights = {name: (w + theirs[name].to(w.device)) / 2 for name, w in model.state_dict().items()}
-    mean.load_state_dict(weights)
+    mean, now = copy.deepcopy(model), model.state_dict()
+    mean.load_state_dict({name: (w + start[name].to(w)) / 2 for name, w in now.items()})
     return mean

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tinyllm.chat_format import render_family
+from tinyllm.errors import UserError
 from tinyllm.pretrain.patterns import read_patterns
 
 Document = dict[str, str]
@@ -182,13 +183,22 @@ EXTRACTORS: dict[str, Callable[[Path], Iterator[Document]]] = {
 def own_documents(folder: Path) -> list[Document]:
     """The project's own text: every `*.txt` of the folder, documents separated by a blank line.
 
+    Raises:
+        UserError: there is none, or one is not in UTF-8.
+
     >>> # "甲\\n乙\\n\\n丙\\n" in stories.txt gives "甲\\n乙" and "丙"
     """
-    documents = []
+    documents: list[Document] = []
+    if not any(folder.glob("*.txt")):
+        raise UserError(f"--own_text {folder}: no such folder, or no *.txt in it")
     for path in sorted(folder.glob("*.txt")):
         if path.match(PATTERNS):
             continue
-        for text in re.split(r"\n\s*\n", path.read_text(encoding="utf-8").replace("\r", "")):
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        for text in re.split(r"\n\s*\n", content.replace("\r", "")):
             if text.strip():
                 # The id follows the text, so added documents never move others between splits.
                 identity = f"{path.stem}/{text_id(text)}"

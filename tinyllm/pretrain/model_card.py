@@ -25,22 +25,22 @@ OPTIMIZERS = {
 }
 
 
-OUR_TEXT = "data/pretrain"  # the default of --own_text, whose licence we know
+OUR_TEXT = "data/pretrain"  # in the repository; of other folders no licence is known
 
 
-def described(source: str, own_text: str) -> tuple[str, str, str]:
-    """Version, licence and content of a source; of a folder of texts that is not ours no licence is known."""
+def described(source: str, own_texts: list[str]) -> tuple[str, str, str]:
+    """Version, licence and content of a source."""
     version, licence, content = LICENCES.get(source, ("", "not known", "not known"))
-    if version != "this repository" or own_text == OUR_TEXT:
+    if version != "this repository" or own_texts == [OUR_TEXT]:
         return version, licence, content
-    return "", "that of its authors", content.replace(f"{OUR_TEXT}/", own_text)
+    return "", "those of their authors", content.replace(f"{OUR_TEXT}/", ", ".join(own_texts))
 
 
 def source_rows(facts: dict) -> str:
     """One table row per text, the most seen first."""
     rows = []
     for source, tokens in sorted(facts["seen"].items(), key=lambda item: -item[1]):
-        version, licence, content = described(source, facts["own_text"])
+        version, licence, content = described(source, facts["own_texts"])
         counts = facts["corpus"].get(source, {"train": 0, "train_characters": 0})
         rows.append(
             f"| {source} {version} | {content} | {licence} | {counts['train']:,} | "
@@ -56,10 +56,12 @@ def result_rows(results: dict[str, float]) -> str:
 
 def model_card(facts: dict) -> str:
     """Markdown from facts: `parameters`, `vocabulary`, `layers`, `hidden`, `heads`, `kv_heads`,
-    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `averaged` (with an earlier export), `own_text` (the folder), `corpus` (counts by source) and
+    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `averaged` (with its first weights), `own_texts` (folders), `started_from` (a folder, or empty), `corpus` (counts by source) and
     `results` (bits per character by held-out source).
     """
-    ours = facts["own_text"] == OUR_TEXT
+    start = facts["started_from"]
+    origin = f"further from the weights that were in `{start}`" if start else "from random weights"
+    ours = facts["own_texts"] == [OUR_TEXT]
     return f"""---
 license: {"apache-2.0" if ours else "other"}
 language: [zh]
@@ -71,7 +73,7 @@ pipeline_tag: text-generation
 
 A plain `LlamaForCausalLM` ({facts["layers"]} layers, hidden {facts["hidden"]}, {facts["heads"]} query \
 and {facts["kv_heads"]} key/value heads, tied embeddings) with a byte-level BPE vocabulary of \
-{facts["vocabulary"]:,}, trained from random weights by `script/ptm_tiny_llm.sh`. It is the base to \
+{facts["vocabulary"]:,}, trained {origin} by `script/ptm_tiny_llm.sh`. It is the base to \
 try LoRA fine-tuning on: small enough for any machine, and too small to know much.
 
 ## Text
@@ -88,7 +90,7 @@ held out. None of the fetched text is part of this folder.
 {facts["steps"]:,} optimizer steps, {facts["tokens"] / 1e6:.2f}M tokens in rows of {facts["length"]}, \
 {facts["seconds"] / 60:.0f} minutes; {OPTIMIZERS[facts["optimizer"]]}; \
 warm-up, stable rate, linear decay\
-{"; the mean of the last weights and of those before the last decay" if facts["averaged"] else ""}.
+{"; the mean of the last weights and of those it began from" if facts["averaged"] else ""}.
 
 ## Results
 

@@ -16,6 +16,7 @@ from tinyllm.pretrain.compiled import as_written, compile_layers
 from tinyllm.pretrain.evaluate import bits_per_character, passages
 from tinyllm.pretrain.exported import Exported
 from tinyllm.pretrain.model import IGNORE_INDEX, PackedLoss, build_model
+from tinyllm.pretrain.model_card import OUR_TEXT
 from tinyllm.pretrain.muon import build_optimizers
 from tinyllm.pretrain.packing import Mixture, encode_documents, to_tensors
 from tinyllm.pretrain.schedule import Progress, rate_factor
@@ -24,6 +25,7 @@ from tinyllm.pretrain.settings import Settings
 log = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 48
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def precision_of(settings: Settings) -> str:
@@ -50,6 +52,17 @@ def build_accelerator(precision: str) -> Accelerator:
             "or as many as there are GPUs"
         )
     return accelerator
+
+
+def in_bfloat16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights as an exported folder holds them: nothing of them is lost."""
+    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+
+
+def add_text(own_texts: list[str], folder: str) -> list[str]:
+    """The folders of own text with one more, ours by its name in the repository."""
+    name = OUR_TEXT if Path(folder).resolve() == REPOSITORY / OUR_TEXT else folder
+    return [*own_texts, *({name} - set(own_texts))]
 
 
 class Run:
@@ -82,6 +95,9 @@ class Run:
         self.progress = Progress()
         # Tokens seen per source since the very start, over all changes of the corpus.
         self.seen: dict[str, int] = {}
+        self.own_texts = add_text([], settings.own_text)
+        # Where the weights came from, when not from random ones, and what they were.
+        self.started_from, self.start = "", None
         self.stream = self.new_stream()
         self.model: LlamaForCausalLM = build_model(settings, settings.seed)
         choice = "off" if settings.stage == "export" else settings.compile
@@ -109,6 +125,9 @@ class Run:
             "precision": self.precision,
             "optimizer": self.settings.optimizer,
             "seen": self.seen,
+            "own_texts": self.own_texts,
+            "started_from": self.started_from,
+            "start": self.start,
         }
 
     def save(self) -> None:
@@ -129,6 +148,8 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.progress, self.seen = Progress(**state["progress"]), dict(state["seen"])
+        self.own_texts = add_text(state.get("own_texts", []), self.settings.own_text)
+        self.started_from, self.start = state.get("started_from", ""), state.get("start")
         log.info("resumed at step %d from %s", self.progress.step, path)
         if (before := state.get("precision", "fp32")) != self.precision:
             log.info(
@@ -145,7 +166,10 @@ class Run:
     def start_from(self, exported: Exported) -> None:
         """Begin with the weights of an exported folder, and count on from what they saw."""
         self.model.load_state_dict(exported.weights)
-        self.progress, self.seen = exported.progress, dict(exported.seen)
+        self.started_from, self.start = exported.folder, in_bfloat16(exported.weights)
+        history = exported.history
+        self.progress, self.seen = history.progress, dict(history.seen)
+        self.own_texts = add_text(history.own_texts, self.settings.own_text)
         self.stream = self.new_stream()
         log.info("started at step %d from the weights in %s", self.progress.step, exported.folder)
 

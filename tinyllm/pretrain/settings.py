@@ -70,7 +70,9 @@ class Settings(ModelSettings):
         "",
         "exported folder whose weights and tokenizer a decay begins with, where no checkpoint is",
     )
-    average_with: str = setting("", "exported folder: export the mean of its weights and these")
+    average_start: bool = setting(
+        False, "export the mean of the last weights and those of start_from"
+    )
     rows_per_step: int = setting(8, "packed rows in one optimizer step, over all processes")
     rows_per_forward: int = setting(4, "packed rows in one forward")
     optimizer: str = setting("muon", "of the hidden matrices: muon, or adamw like all the rest")
@@ -102,6 +104,12 @@ class Settings(ModelSettings):
             raise UserError("stage decay needs --decay_steps of at least 1")
         if self.start_from and (self.stage != "decay" or self.decay_from_checkpoint):
             raise UserError("start_from is for --stage decay, without --decay_from_checkpoint")
+        if self.start_from and Path(self.start_from).resolve() == Path(self.export_to).resolve():
+            raise UserError(
+                f"{self.start_from} would be overwritten; give --export_to another folder"
+            )
+        if self.average_start and self.stage not in ("decay", "export"):
+            raise UserError("average_start is for a decay that begins with --start_from")
         if self.max_steps < 1:
             raise UserError(f"max_steps is {self.max_steps}; expected at least 1")
         if self.num_heads % self.num_key_value_heads:
