@@ -121,7 +121,6 @@ def test_a_folder_that_cannot_be_begun_from_is_refused_and_leaves_nothing(later,
     ("changes", "message"),
     [
         ({"stage": "full"}, "is for --stage decay"),
-        ({"export_to": "start"}, "would be overwritten"),
         ({"stage": "stable", "start_from": "", "average_start": True}, "begins with --start_from"),
     ],
 )
@@ -166,11 +165,38 @@ def test_the_exported_weights_can_be_the_mean_with_the_first_ones(later):
         assert torch.equal(a, b)
 
 
-def test_a_run_from_random_weights_has_no_mean_with_its_start(settings):
-    run = run_of(settings)
-    run.settings.average_start = True
+def test_what_cannot_be_exported_is_refused_before_the_training(later):
+    first, settings = later
+    first.save()
+    again = run_of(dataclasses.replace(first.settings, stage="decay", decay_steps=2))
+    again.settings.average_start = True
     with pytest.raises(ValueError, match="did not begin with --start_from"):
-        program.export_run(run, {"sources": {}})
+        train(again)
+    with pytest.raises(ValueError, match="would be overwritten"):
+        train(run_of(dataclasses.replace(settings, export_to=settings.start_from + "/")))
+
+
+def test_a_folder_is_the_same_by_any_of_its_names(later):
+    _, settings = later
+    run = run_of(settings)
+    run.save()
+    again = run_of(dataclasses.replace(settings, start_from=settings.start_from + "/"))
+    prepare(again)
+    assert again.started_from == settings.start_from
+
+
+def test_an_older_record_says_nothing_of_texts(later):
+    _, settings = later
+    path = Path(settings.start_from) / "pretraining.json"
+    record = json.loads(path.read_text())
+    del record["own_texts"]
+    path.write_text(json.dumps(record))
+    assert run_of(settings).own_texts[0].startswith("what ")
+
+
+def test_a_folder_of_our_name_elsewhere_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert add_text([], "data/pretrain") == [str(tmp_path / "data/pretrain")]
 
 
 def test_the_card_follows_the_texts_and_the_start_over_runs(later):
@@ -201,6 +227,9 @@ def test_text_that_cannot_be_read_is_named(settings):
     path = Path(settings.own_text) / "more.txt"
     path.write_bytes("你好".encode("gbk"))
     with pytest.raises(ValueError, match=r"more\.txt: not UTF-8"):
+        run_of(settings)
+    path.rename(path.with_name("patterns_x.txt"))
+    with pytest.raises(ValueError, match=r"patterns_x\.txt: not UTF-8"):
         run_of(settings)
     settings.own_text = str(path.parent / "nothing")
     with pytest.raises(ValueError, match=r"nothing: no such folder, or no \*\.txt in it"):

@@ -20,6 +20,7 @@ from tinyllm.pretrain.exported import (
     mean_with,
     read_exported,
 )
+from tinyllm.pretrain.extract import text_files
 from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
 from tinyllm.pretrain.train import train
@@ -46,7 +47,7 @@ def start_of(settings: Settings) -> Exported | None:
         return None
     if path := checkpoint.last(settings.path("checkpoints")):
         before = checkpoint.load(path).get("started_from", "")
-        if before != settings.start_from:
+        if not before or Path(before).resolve() != Path(settings.start_from).resolve():
             raise UserError(
                 f"{path} is of a run that began from {before or 'random weights'}, not from "
                 f"{settings.start_from}; give --work another folder"
@@ -57,6 +58,7 @@ def start_of(settings: Settings) -> Exported | None:
 
 def build_run(settings: Settings) -> tuple[Run, dict]:
     """Text, tokenizer and a fresh run; also the counts of the corpus."""
+    text_files(Path(settings.own_text))  # refused before anything is fetched
     start = start_of(settings)
     folder, tokenizer_folder = settings.path("corpus"), settings.path("tokenizer")
     counts = corpus.build(Path(settings.own_text), fetch_paths(settings), folder)
@@ -103,11 +105,8 @@ def export_run(run: Run, counts: dict) -> None:
     if run.settings.stage != "export" and target.exists() and done == mark:
         log.info("export: up to date")
         return
-    model = run.model
-    if run.settings.average_start:
-        if run.start is None:
-            raise UserError("--average_start: this run did not begin with --start_from")
-        model = mean_with(run.model, run.start)
+    run.check_export()
+    model = mean_with(run.model, run.start) if run.settings.average_start else run.model
     export(model, run.tokenizer, facts_of(run, counts, model), target)
     record.write_text(json.dumps(mark), encoding="utf-8")
 

@@ -179,7 +179,7 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
     train += add_chats(train, table)
     train += add_patterns(own_folder, table)
     if not train:
-        raise UserError(f"no text: put *.txt files into {own_folder} or fetch a source")
+        raise UserError(f"no text: put *.txt files with some into {own_folder}")
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "train.jsonl", train)
     write_jsonl(folder / "heldout.jsonl", heldout)

@@ -97,7 +97,9 @@ def read_record(folder: Path) -> History:
     try:
         steps, seen = int(record["steps"]), {k: int(v) for k, v in record["seen"].items()}
         progress = Progress(steps, int(record["tokens"]), float(record["seconds"]), start=steps)
-        own_texts = [str(text) for text in record["own_texts"]]
+        own_texts = record.get("own_texts", [f"what {folder} saw"])
+        if not isinstance(own_texts, list):
+            raise TypeError(own_texts)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{path}: expected the numbers steps, tokens and seconds, seen with tokens by source, and the list "
@@ -127,7 +129,7 @@ def adopt_tokenizer(exported: Exported, folder: Path) -> PreTrainedTokenizerFast
 
 def mean_with(model: LlamaForCausalLM, start: dict[str, torch.Tensor]) -> LlamaForCausalLM:
     """A model whose weights are the mean of the model's and those it began from (Wortsman et al. 2022,
-    arXiv:2203.05482, average models that share their start).
+    arXiv:2109.01903).
     """
     mean, now = copy.deepcopy(model), model.state_dict()
     mean.load_state_dict({name: (w + start[name].to(w)) / 2 for name, w in now.items()})

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tinyllm.chat_format import render_family
 from tinyllm.errors import UserError
-from tinyllm.pretrain.patterns import read_patterns
+from tinyllm.pretrain.patterns import read_patterns, read_text
 
 Document = dict[str, str]
 
@@ -180,6 +180,17 @@ EXTRACTORS: dict[str, Callable[[Path], Iterator[Document]]] = {
 }
 
 
+def text_files(folder: Path) -> list[Path]:
+    """The `*.txt` of a folder of our own text.
+
+    Raises:
+        UserError: there are none.
+    """
+    if found := sorted(folder.glob("*.txt")):
+        return found
+    raise UserError(f"--own_text {folder}: no such folder, or no *.txt in it")
+
+
 def own_documents(folder: Path) -> list[Document]:
     """The project's own text: every `*.txt` of the folder, documents separated by a blank line.
 
@@ -189,16 +200,10 @@ def own_documents(folder: Path) -> list[Document]:
     >>> # "甲\\n乙\\n\\n丙\\n" in stories.txt gives "甲\\n乙" and "丙"
     """
     documents: list[Document] = []
-    if not any(folder.glob("*.txt")):
-        raise UserError(f"--own_text {folder}: no such folder, or no *.txt in it")
-    for path in sorted(folder.glob("*.txt")):
+    for path in text_files(folder):
         if path.match(PATTERNS):
             continue
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        for text in re.split(r"\n\s*\n", content.replace("\r", "")):
+        for text in re.split(r"\n\s*\n", read_text(path).replace("\r", "")):
             if text.strip():
                 # The id follows the text, so added documents never move others between splits.
                 identity = f"{path.stem}/{text_id(text)}"

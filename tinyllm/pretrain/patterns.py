@@ -57,6 +57,18 @@ def _filled(text: str, words: dict[str, str]) -> str:
     return SLOT.sub(lambda match: words[match[1]], text)
 
 
+def read_text(path: Path) -> str:
+    """A text file of ours.
+
+    Raises:
+        UserError: it is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+
+
 def read_patterns(path: Path) -> list[Pattern]:
     """The patterns of a file.
 
@@ -66,7 +78,7 @@ def read_patterns(path: Path) -> list[Pattern]:
     """
     found: list[Pattern] = []
     pattern = Pattern([], [], [])
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     for number, line in enumerate([*lines, ""], 1):
         try:
             if line.strip():

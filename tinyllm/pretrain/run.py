@@ -61,7 +61,11 @@ def in_bfloat16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def add_text(own_texts: list[str], folder: str) -> list[str]:
     """The folders of own text with one more, ours by its name in the repository."""
-    name = OUR_TEXT if Path(folder).resolve() == REPOSITORY / OUR_TEXT else folder
+    path = Path(folder).resolve()
+    if path == REPOSITORY / OUR_TEXT:
+        name = OUR_TEXT
+    else:
+        name = str(path) if folder == OUR_TEXT else folder  # that name is taken
     return [*own_texts, *({name} - set(own_texts))]
 
 
@@ -172,6 +176,14 @@ class Run:
         self.own_texts = add_text(history.own_texts, self.settings.own_text)
         self.stream = self.new_stream()
         log.info("started at step %d from the weights in %s", self.progress.step, exported.folder)
+
+    def check_export(self) -> None:
+        """Raise a UserError where the export would fail, or overwrite the folder that the run began from."""
+        settings, before = self.settings, self.started_from
+        if settings.average_start and self.start is None:
+            raise UserError("--average_start: this run did not begin with --start_from")
+        if before and Path(before).resolve() == Path(settings.export_to).resolve():
+            raise UserError(f"{before} would be overwritten; give --export_to another folder")
 
     def next_batch(self) -> dict[str, torch.Tensor]:
         """Tensors (R, T) of one optimizer step, all processes together; counts what is seen."""

@@ -104,10 +104,6 @@ class Settings(ModelSettings):
             raise UserError("stage decay needs --decay_steps of at least 1")
         if self.start_from and (self.stage != "decay" or self.decay_from_checkpoint):
             raise UserError("start_from is for --stage decay, without --decay_from_checkpoint")
-        if self.start_from and Path(self.start_from).resolve() == Path(self.export_to).resolve():
-            raise UserError(
-                f"{self.start_from} would be overwritten; give --export_to another folder"
-            )
         if self.average_start and self.stage not in ("decay", "export"):
             raise UserError("average_start is for a decay that begins with --start_from")
         if self.max_steps < 1:

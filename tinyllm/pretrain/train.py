@@ -65,6 +65,7 @@ def prepare(run: Run) -> None:
     stage, path = run.settings.stage, start_checkpoint(run)
     if path:
         run.restore(path)
+    run.check_export()  # now rather than after the training
     if stage == "stable" and run.progress.decay_start >= 0:
         raise UserError(
             f"{path} is in its decay: go on with --stage decay, or put {run.folder / STABLE}, if it is there, "
