@@ -7,7 +7,7 @@ Elsewhere, and where the processor multiplies whole tiles (AMX), which that code
 blocks, and for every product brings the matrix into them anew.  For the few hundred tokens of a step of
 fine-tuning that is 5 to 10 % of the time.  A frozen matrix can stay so; PyTorch's own compiler does the same for
 inference ("weight prepacking" of ``torch.compile``'s freezing), by the two operations used here.  What comes out is
-the same, bit for bit in all but degenerate shapes (one or two columns), where it is within rounding.
+the same, bit for bit in all but degenerate shapes (one or two columns) and, with tiles and several threads, some numbers of tokens, where it is within rounding.
 """
 
 from __future__ import annotations

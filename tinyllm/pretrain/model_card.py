@@ -56,8 +56,8 @@ def result_rows(results: dict[str, float]) -> str:
 
 def model_card(facts: dict) -> str:
     """Markdown from facts: `parameters`, `vocabulary`, `layers`, `hidden`, `heads`, `kv_heads`,
-    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `averaged` (with its first weights), `own_texts` (folders), `started_from` (a folder, or empty), `corpus` (counts by source) and
-    `results` (bits per character by held-out source).
+    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `averaged` (with its first weights),
+    `own_texts` (folders), `started_from` (a folder, or empty), `corpus` (counts by source) and `results` (bits per character by held-out source).
     """
     start = facts["started_from"]
     origin = f"further from the weights that were in `{start}`" if start else "from random weights"

@@ -13,9 +13,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # spent in steps, over all restarts; pauses are not counted
     decay_start: int = -1  # first step of the decay stage, -1 before it
-    start: int = (
-        0  # step at which the optimizers were fresh; what was before is that of --start_from
-    )
+    start: int = 0  # step at which the optimizers were fresh: not 0 after --start_from
 
 
 def fraction_done(settings: Settings, progress: Progress) -> float:
