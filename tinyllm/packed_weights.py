@@ -7,7 +7,8 @@ Elsewhere, and where the processor multiplies whole tiles (AMX), which that code
 blocks, and for every product brings the matrix into them anew.  For the few hundred tokens of a step of
 fine-tuning that is 5 to 10 % of the time.  A frozen matrix can stay so; PyTorch's own compiler does the same for
 inference ("weight prepacking" of ``torch.compile``'s freezing), by the two operations used here.  What comes out is
-the same, bit for bit in all but degenerate shapes (one or two columns) and, with tiles and several threads, some numbers of tokens, where it is within rounding.
+the same, bit for bit in all but degenerate shapes (one or two columns).  With tiles and several threads the terms
+of some products are added in another order, so that about one number in 20,000 is rounded to its other neighbour.
 """
 
 from __future__ import annotations
@@ -84,12 +85,13 @@ def in_strips(weights: Sequence[torch.Tensor]) -> bool:
     """Whether ``native/lora.c`` multiplies by weights of this kind: on two cores with AVX-512 BF16 4 to 9 % of a step
     sooner than oneDNN; where there are tiles (AMX), which it does not use, oneDNN's step takes about half the time.
     """
-    tiles = (
-        torch.cpu._is_amx_tile_supported()
-        if hasattr(torch.cpu, "_is_amx_tile_supported")
-        else False
-    )
-    return not tiles and library() is not None and all(is_even(*w.shape) for w in weights)
+    return not has_tiles() and library() is not None and all(is_even(*w.shape) for w in weights)
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies whole tiles of bfloat16 (AMX)."""
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)  # not of every PyTorch
+    return known is not None and known()
 
 
 def can_pack(weight: torch.Tensor) -> bool:
