@@ -76,29 +76,21 @@ def step(model):
 
 
 def same(one, other, way="oneDNN"):
-    """Bit for bit; by strips sums are rounded once, not twice."""
+    """Bit for bit; by strips sums are rounded once, not twice, and by tiles some to the other neighbour."""
     pairs = list(zip(one, other, strict=True))
-    if way == "oneDNN":
+    if way == "oneDNN" and not packed_weights.has_tiles():
         return all(torch.equal(a, b) for a, b in pairs)
-    return all((a - b).norm() < 8e-2 * b.norm() for a, b in pairs)
+    most = 8e-2 if way == "strips" else 1e-2
+    return all((a - b).norm() < most * b.norm() for a, b in pairs)
 
 
-@pytest.fixture(params=[1, None])
-def threads(request):
-    """One, or as many as there are."""
-    before = torch.get_num_threads()
-    if request.param:
-        torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
+@pytest.mark.parametrize("seed", [0, 2])
 @pytest.mark.parametrize("rows", [1, 2, 37, 64, 640, 700])
 @pytest.mark.parametrize(("inside", "outside"), [(384, 640), (120, 360), (64, 48), (36, 100)])
-def test_products_are_the_same(rows, inside, outside, way, threads):
+def test_products_are_the_same(rows, inside, outside, way, seed):
     if way == "strips":
         pytest.skip("a layer is computed with its adapter: tests/test_native_lora.py")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     x, grad = (torch.randn(rows, n).bfloat16() for n in (inside, outside))
     weight, bias = torch.randn(outside, inside).bfloat16(), torch.randn(outside).bfloat16()
     packed = PackedWeight([weight], weight)
@@ -106,19 +98,17 @@ def test_products_are_the_same(rows, inside, outside, way, threads):
         found, exact = linear(x, weight, with_bias, packed), x.double() @ weight.t().double()
         if with_bias is not None:
             exact += with_bias
-        assert alike(found, F.linear(x, weight, with_bias), exact, threads)
-    assert alike(
-        linear_back(grad, weight, packed), grad @ weight, grad.double() @ weight.double(), threads
-    )
+        assert alike(found, F.linear(x, weight, with_bias), exact)
+    assert alike(linear_back(grad, weight, packed), grad @ weight, grad.double() @ weight.double())
 
 
-def alike(found, expected, exact, threads):
-    """Bit for bit; with tiles and several threads both are the exact sum rounded once, and nearly all are equal."""
-    if threads == 1 or not packed_weights.has_tiles():
+def alike(found, expected, exact):
+    """Bit for bit; with tiles both are the exact sum rounded once, and nearly all are equal."""
+    if not packed_weights.has_tiles():
         return torch.equal(found, expected)
-    half_a_place = exact.abs() * 2**-8 + 1e-3
-    rounded = all(((y - exact).abs() <= half_a_place).all() for y in (found, expected))
-    return rounded and (found != expected).float().mean() < 1e-3
+    half_a_place = torch.exp2(exact.abs().clamp(min=2**-20).log2().floor() - 8)
+    rounded = all(((y - exact).abs() <= half_a_place + 1e-4).all() for y in (found, expected))
+    return rounded and (found != expected).sum() <= 1 + found.numel() / 1000
 
 
 @pytest.mark.parametrize("joins", [False, True])

@@ -7,8 +7,8 @@ Elsewhere, and where the processor multiplies whole tiles (AMX), which that code
 blocks, and for every product brings the matrix into them anew.  For the few hundred tokens of a step of
 fine-tuning that is 5 to 10 % of the time.  A frozen matrix can stay so; PyTorch's own compiler does the same for
 inference ("weight prepacking" of ``torch.compile``'s freezing), by the two operations used here.  What comes out is
-the same, bit for bit in all but degenerate shapes (one or two columns).  With tiles and several threads the terms
-of some products are added in another order, so that about one number in 20,000 is rounded to its other neighbour.
+the same, bit for bit in all but degenerate shapes (one or two columns).  With tiles the terms of some products
+are added in another order, so that about one number in 10,000 is rounded to its other neighbour.
 """
 
 from __future__ import annotations
