@@ -121,7 +121,8 @@ def test_a_folder_that_cannot_be_begun_from_is_refused_and_leaves_nothing(later,
     ("changes", "message"),
     [
         ({"stage": "full"}, "is for --stage decay"),
-        ({"stage": "stable", "start_from": "", "average_start": True}, "begins with --start_from"),
+        ({"stage": "stable", "start_from": "", "start_share": 0.5}, "begins with --start_from"),
+        ({"start_share": 1.0}, "expected 0 to less than 1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):
@@ -142,26 +143,30 @@ def test_another_tokenizer_is_refused(later):
         run_of(dataclasses.replace(other, vocab_size=300))
 
 
-def test_the_exported_weights_can_be_the_mean_with_the_first_ones(later):
+@pytest.mark.parametrize("share", [0.5, 0.25])
+def test_the_exported_weights_can_have_a_share_of_the_first_ones(later, share):
     _, settings = later
-    settings.average_start = True
+    settings.start_share = share
     run = run_of(settings)
     train(run)
     program.export_run(run, {"sources": {}})
-    before, mean = (
+    before, mixed = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for folder in (settings.start_from, settings.export_to)
     )
     for (name, a), b, c in zip(
-        run.model.named_parameters(), before.parameters(), mean.parameters(), strict=True
+        run.model.named_parameters(), before.parameters(), mixed.parameters(), strict=True
     ):
-        assert torch.equal(((a + b) / 2).bfloat16().float(), c), name
-    assert "the mean of the last weights" in (Path(settings.export_to) / "README.md").read_text()
+        assert torch.equal(((1 - share) * a + share * b).bfloat16().float(), c), name
+    assert (
+        f"and {share:.0%} of those it began from"
+        in (Path(settings.export_to) / "README.md").read_text()
+    )
     again = run_of(dataclasses.replace(settings, stage="export", start_from=""))
     again.restore(checkpoint.last(run.folder))
     program.export_run(again, {"sources": {}})
     after = AutoModelForCausalLM.from_pretrained(settings.export_to, dtype=torch.float32)
-    for a, b in zip(mean.parameters(), after.parameters(), strict=True):
+    for a, b in zip(mixed.parameters(), after.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -169,7 +174,7 @@ def test_what_cannot_be_exported_is_refused_before_the_training(later):
     first, settings = later
     first.save()
     again = run_of(dataclasses.replace(first.settings, stage="decay", decay_steps=2))
-    again.settings.average_start = True
+    again.settings.start_share = 0.5
     with pytest.raises(ValueError, match="did not begin with --start_from"):
         train(again)
     with pytest.raises(ValueError, match="would be overwritten"):

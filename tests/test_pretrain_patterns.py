@@ -4,7 +4,7 @@ import pytest
 from conftest import REPOSITORY
 
 from tinyllm.errors import UserError
-from tinyllm.pretrain import corpus, extract
+from tinyllm.pretrain import corpus, own_text
 from tinyllm.pretrain.patterns import MOST, Pattern, read_patterns
 
 TEXT = """
@@ -61,7 +61,7 @@ def test_a_wrong_line_is_named(tmp_path, text, line, words):
 def test_they_are_conversations_of_the_corpus_and_no_text_of_it(tmp_path):
     (tmp_path / "story.txt").write_text("从前有一座山。\n", encoding="utf-8")
     patterns_of(tmp_path, TEXT)
-    assert [d["text"] for d in extract.own_documents(tmp_path)] == ["从前有一座山。"]
+    assert [d["text"] for d in own_text.own_documents(tmp_path)] == ["从前有一座山。"]
     counts = corpus.build(tmp_path, {}, tmp_path / "corpus")["sources"]["patterns"]
     # 学学 has no slot for the time of day, and stands there once for both
     assert (counts["read"], counts["duplicates"], counts["train"]) == (7, 0, 7)
@@ -71,5 +71,5 @@ def test_they_are_conversations_of_the_corpus_and_no_text_of_it(tmp_path):
 
 
 def test_ours_can_be_read():
-    files = sorted((REPOSITORY / "data/pretrain").glob(extract.PATTERNS))
+    files = sorted((REPOSITORY / "data/pretrain").glob(own_text.PATTERNS))
     assert files and all(len(read_patterns(path)) > 100 for path in files)

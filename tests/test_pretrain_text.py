@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tinyllm.pretrain import corpus, extract, sources, vocabulary
+from tinyllm.pretrain.own_text import own_documents
 
 POEM = {
     "author": "李白",
@@ -118,8 +119,8 @@ def test_traditional_poems_need_a_converter(tmp_path, monkeypatch):
 
 
 def test_own_documents_are_separated_by_blank_lines_and_keep_their_ids(tmp_path):
-    before = extract.own_documents(own_text(tmp_path / "t", ["甲\n乙", "丙"]))
-    after = extract.own_documents(own_text(tmp_path / "t", ["新", "甲\n乙", "丙"]))
+    before = own_documents(own_text(tmp_path / "t", ["甲\n乙", "丙"]))
+    after = own_documents(own_text(tmp_path / "t", ["新", "甲\n乙", "丙"]))
     assert [d["text"] for d in before] == ["甲\n乙", "丙"]
     assert {d["id"] for d in before} < {d["id"] for d in after}
 

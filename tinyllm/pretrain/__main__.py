@@ -17,10 +17,10 @@ from tinyllm.pretrain.export import export
 from tinyllm.pretrain.exported import (
     Exported,
     adopt_tokenizer,
-    mean_with,
+    between,
     read_exported,
 )
-from tinyllm.pretrain.extract import text_files
+from tinyllm.pretrain.own_text import text_files
 from tinyllm.pretrain.run import Run
 from tinyllm.pretrain.settings import Settings, parse
 from tinyllm.pretrain.train import train
@@ -88,25 +88,26 @@ def facts_of(run: Run, counts: dict, model: LlamaForCausalLM) -> dict:
         "kv_heads": config.num_key_value_heads, "length": run.settings.max_length,
         "steps": run.progress.step, "tokens": run.progress.tokens,
         "seconds": run.progress.seconds, "seen": run.seen, "corpus": counts["sources"],
-        "optimizer": run.settings.optimizer, "averaged": run.settings.average_start,
+        "optimizer": run.settings.optimizer, "start_share": run.settings.start_share,
         "own_texts": run.own_texts, "started_from": run.started_from,
         "heldout_share": corpus.HELDOUT_PER_MILLE / 1000, "results": run.evaluate(rounded),
     }  # fmt: skip
 
 
 def export_run(run: Run, counts: dict) -> None:
-    """Export the present weights, or their mean with the first, unless exactly they were exported there already."""
+    """Export the present weights, or what lies between them and the first, unless it was exported there already."""
     target, record = Path(run.settings.export_to), run.settings.path("exported.json")
     mark = {
         "step": run.progress.step, "seconds": run.progress.seconds, "folder": str(target),
-        "average_start": run.settings.average_start,
+        "start_share": run.settings.start_share,
     }  # fmt: skip
     done = json.loads(record.read_text(encoding="utf-8")) if record.exists() else None
     if run.settings.stage != "export" and target.exists() and done == mark:
         log.info("export: up to date")
         return
     run.check_export()
-    model = mean_with(run.model, run.start) if run.settings.average_start else run.model
+    share = run.settings.start_share
+    model = between(run.model, run.start, share) if share else run.model
     export(model, run.tokenizer, facts_of(run, counts, model), target)
     record.write_text(json.dumps(mark), encoding="utf-8")
 

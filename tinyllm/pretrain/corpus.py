@@ -15,19 +15,18 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import UserError
-from tinyllm.pretrain.extract import (
-    EXTRACTORS,
-    Document,
+from tinyllm.pretrain.extract import EXTRACTORS, Document, clean_line
+from tinyllm.pretrain.own_text import (
     chat_documents,
     own_documents,
     pattern_documents,
+    turn_documents,
 )
 from tinyllm.pretrain.sources import SOURCES
 
 log = logging.getLogger(__name__)
 
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ufeff\ufffd]")
 WEB_PAGES = {
     "libreoffice-help-zh-cn",
     "openclaw",
@@ -39,11 +38,6 @@ REPEATED_LINE = 20  # pages on which a line may stand before it counts as furnit
 HELDOUT_PER_MILLE = 25
 SHINGLE, NUM_HASHES, BAND = 5, 64, 4  # near-duplicates: characters, minima, minima per band
 SIMILAR = 0.8
-
-
-def clean_line(line: str) -> str:
-    """Without control and zero-width characters; runs of blanks become one. Characters stay."""
-    return re.sub(r"[ \t\u00a0\u3000]+", " ", CONTROL.sub("", line)).strip()
 
 
 def has_enough_han(line: str) -> bool:
@@ -146,8 +140,8 @@ def inputs_digest(own_folder: Path, paths: dict[str, Path]) -> str:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for name in sorted(paths):
         digest.update(f"{name} {next(s.sha256 for s in SOURCES if s.name == name)}".encode())
-    for module in ("corpus.py", "extract.py", "patterns.py"):
-        digest.update(Path(__file__).with_name(module).read_bytes())
+    for module in ("corpus.py", "extract.py", "own_text.py", "patterns.py", "../chat_format.py"):
+        digest.update(Path(__file__).parent.joinpath(module).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -160,6 +154,7 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
             log.info("corpus %s: up to date", digest)
             return counts
         log.info("corpus: text changed, building again")
+    chat_only = {"patterns": pattern_documents(own_folder), "turns": turn_documents(own_folder)}
     extracted = {"own": own_documents(own_folder)}
     extracted |= {name: list(EXTRACTORS[name](path)) for name, path in paths.items()}
     train, heldout, table = [], [], {}
@@ -177,7 +172,8 @@ def build(own_folder: Path, paths: dict[str, Path], folder: Path) -> dict:
             "heldout_characters": sum(len(d["text"]) for d in source_held),
         }  # fmt: skip
     train += add_chats(train, table)
-    train += add_patterns(own_folder, table)
+    for source, documents in chat_only.items():
+        train += add_chat_only(source, documents, table)
     if not train:
         raise UserError(f"no text: put *.txt files with some into {own_folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -196,11 +192,12 @@ def add_chats(train: list[Document], table: dict[str, dict[str, int]]) -> list[D
     return chats
 
 
-def add_patterns(folder: Path, table: dict[str, dict[str, int]]) -> list[Document]:
-    """The conversations of our patterns, counted in the table; none of them is held out."""
-    read = pattern_documents(folder)
+def add_chat_only(
+    source: str, read: list[Document], table: dict[str, dict[str, int]]
+) -> list[Document]:
+    """Conversations that are read in the chat format only, counted in the table; none of them is held out."""
     documents = list({doc["text"]: doc for doc in read}.values())
-    table["patterns"] = counts_of(documents, len(read), table)
+    table[source] = counts_of(documents, len(read), table)
     return documents
 
 

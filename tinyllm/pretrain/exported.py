@@ -127,10 +127,12 @@ def adopt_tokenizer(exported: Exported, folder: Path) -> PreTrainedTokenizerFast
     return exported.tokenizer
 
 
-def mean_with(model: LlamaForCausalLM, start: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    """A model whose weights are the mean of the model's and those it began from (Wortsman et al. 2022,
-    arXiv:2109.01903).
+def between(
+    model: LlamaForCausalLM, start: dict[str, torch.Tensor], share: float
+) -> LlamaForCausalLM:
+    """A model whose weights lie between the model's and those it began from, of which they have ``share``
+    (Wortsman et al. 2022, arXiv:2109.01903).
     """
-    mean, now = copy.deepcopy(model), model.state_dict()
-    mean.load_state_dict({name: (w + start[name].to(w)) / 2 for name, w in now.items()})
-    return mean
+    found, now = copy.deepcopy(model), model.state_dict()
+    found.load_state_dict({n: (1 - share) * w + share * start[n].to(w) for n, w in now.items()})
+    return found

@@ -4,7 +4,6 @@ One document is one law, help page, documentation page or poem; its first line i
 Nothing is unpacked to disk: members are read from the archives.
 """
 
-import hashlib
 import html
 import importlib
 import io
@@ -18,17 +17,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tinyllm.chat_format import render_family
-from tinyllm.errors import UserError
-from tinyllm.pretrain.patterns import read_patterns, read_text
-
 Document = dict[str, str]
 
 MAX_POEMS = 6000
-PATTERNS = "patterns_*.txt"
-END = "<|endoftext|>"  # the tokenizer's end token, see vocabulary.py
 # Frequent characters that occur in traditional script only: one is enough to tell a poem.
 TRADITIONAL = set("國來時無見風門東車馬長與為說話學愛親應書萬歲鄉聲處開間還過這個們會對後從當將")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\ufeff\ufffd]")
 BLOCK_TAG = re.compile(r"</?(?:h[1-6]|p|div|li|tr|td|th|br|pre|ul|ol|table|dt|dd)\b[^>]*>", re.I)
 ANY_TAG = re.compile(r"<[^>]*>")
 
@@ -36,6 +30,11 @@ ANY_TAG = re.compile(r"<[^>]*>")
 def document(source: str, identity: str, text: str) -> Document:
     """One document; `id` is unique over all sources and stable between builds."""
     return {"source": source, "id": f"{source}/{identity}", "text": text}
+
+
+def clean_line(line: str) -> str:
+    """Without control and zero-width characters; runs of blanks become one. Characters stay."""
+    return re.sub(r"[ \t\u00a0\u3000]+", " ", CONTROL.sub("", line)).strip()
 
 
 def html_to_text(page: str) -> str:
@@ -178,96 +177,3 @@ EXTRACTORS: dict[str, Callable[[Path], Iterator[Document]]] = {
     "hsk-sentences-audio": hsk_sentences,
     "debian-handbook": debian_handbook,
 }
-
-
-def text_files(folder: Path) -> list[Path]:
-    """The `*.txt` of a folder of our own text.
-
-    Raises:
-        UserError: there are none.
-    """
-    if found := sorted(folder.glob("*.txt")):
-        return found
-    raise UserError(f"--own_text {folder}: no such folder, or no *.txt in it")
-
-
-def own_documents(folder: Path) -> list[Document]:
-    """The project's own text: every `*.txt` of the folder, documents separated by a blank line.
-
-    Raises:
-        UserError: there is none, or one is not in UTF-8.
-
-    >>> # "甲\\n乙\\n\\n丙\\n" in stories.txt gives "甲\\n乙" and "丙"
-    """
-    documents: list[Document] = []
-    for path in text_files(folder):
-        if path.match(PATTERNS):
-            continue
-        for text in re.split(r"\n\s*\n", read_text(path).replace("\r", "")):
-            if text.strip():
-                # The id follows the text, so added documents never move others between splits.
-                identity = f"{path.stem}/{text_id(text)}"
-                documents.append(document("own", identity, text.strip()))
-    return documents
-
-
-def pattern_documents(folder: Path) -> list[Document]:
-    """A conversation in the chat format for each pair that our patterns give; every second one opens with a
-    system turn.
-    """
-    documents: list[Document] = []
-    for path in sorted(folder.glob(PATTERNS)):
-        for number, pattern in enumerate(read_patterns(path)):
-            for place, pair in enumerate(pattern.pairs()):
-                text = render_chat([pair], len(documents) % 2 == 1)
-                documents.append(document("patterns", f"{path.stem}/{number}/{place}", text))
-    return documents
-
-
-def text_id(text: str) -> str:
-    """A short stable name for a text without one."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
-
-
-SYSTEM_PROMPT = (
-    "你是一个友好的助手。"  # says nothing of whose assistant it is: that is for adapters
-)
-
-
-def chat_documents(documents: list[Document]) -> list[Document]:
-    """Our question-and-answer text again, in the chat format, so that the base knows its markers.
-
-    A document of `问：` and `答：` lines becomes one conversation, and each of its pairs that can
-    stand alone a conversation of its own; every second one opens with a system turn.
-    """
-    chats: list[Document] = []
-    for doc in documents:
-        pairs = question_answer_pairs(doc["text"])
-        alone = [[pair] for pair in pairs if not pair[0].startswith(("那", "还", "它", "他", "她"))]
-        for number, conversation in enumerate([pairs, *alone] if pairs else []):
-            identity = f"{doc['id']}/{number}"
-            chats.append(document("chat", identity, render_chat(conversation, len(chats) % 2 == 1)))
-    return chats
-
-
-def question_answer_pairs(text: str) -> list[tuple[str, str]]:
-    """The pairs of a document that is nothing but alternating `问：` and `答：` lines, else none."""
-    lines = text.splitlines()
-    if len(lines) % 2 or any(
-        not line.startswith("问：" if number % 2 == 0 else "答：")
-        for number, line in enumerate(lines)
-    ):
-        return []
-    plain = [line[2:].strip() for line in lines]
-    return list(zip(plain[::2], plain[1::2], strict=True))
-
-
-def render_chat(pairs: list[tuple[str, str]], with_system: bool) -> str:
-    """A conversation as the chat format writes it, without the end token that closes it."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}] if with_system else []
-    for question, answer in pairs:
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    return render_family(messages, END).removesuffix(END)

