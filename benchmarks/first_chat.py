@@ -1,6 +1,7 @@
 """How well does the default run answer?  Asks held-out questions and counts.
 
     python benchmarks/first_chat.py --base_model BASE --lora_model RUN [--transcript FILE]
+    … --questions benchmarks/first_lines.jsonl    300 others without expected words, for a reader to judge
 
 A reply is right when it contains one string of ``any_of`` and none of ``none_of`` (spaces aside);
 it stops when the model ends it by itself within 200 tokens; it repeats when a phrase of four or more
@@ -89,13 +90,15 @@ def as_markdown(answered: list[dict]) -> str:
     return "\n".join(["```", table(answered), "```", "", *head, *rows]) + "\n"
 
 
-def read_questions(kinds: str | None) -> list[dict]:
-    """The questions, all of them or those of some kinds.
+def read_questions(kinds: str | None, path: Path = QUESTIONS) -> list[dict]:
+    """The questions of a file, all of them or those of some kinds.
 
     Raises:
-        UserError: a kind that none of them is of.
+        UserError: no such file, or a kind that none of them is of.
     """
-    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
+    if not path.is_file():
+        raise UserError(f"--questions {path}: no such file")
+    lines = path.read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
     if kinds is None:
         return questions
@@ -112,6 +115,7 @@ def main() -> int:
     parser.add_argument(
         "--transcript", help="write questions and replies to this file: .jsonl, or .md"
     )
+    parser.add_argument("--questions", type=Path, default=QUESTIONS, help="JSON lines of others")
     parser.add_argument("--kinds", help="only these, separated by commas, as identity,greeting")
     args = parser.parse_args()
     from tinyllm.quiet import quiet_libraries
@@ -125,7 +129,7 @@ def main() -> int:
         from tinyllm.base import load_base
 
         model, tokenizer = load_base(args.base_model)
-    answered = ask(model, tokenizer, read_questions(args.kinds))
+    answered = ask(model, tokenizer, read_questions(args.kinds, args.questions))
     if args.transcript:
         write = as_markdown if args.transcript.endswith(".md") else as_lines
         Path(args.transcript).write_text(write(answered), encoding="utf-8")
