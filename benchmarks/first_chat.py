@@ -5,7 +5,7 @@
 
 A reply is right when it contains one string of ``any_of`` and none of ``none_of`` (spaces aside);
 it stops when the model ends it by itself within 200 tokens; it repeats when a phrase of four or more
-characters stands in it three times.  The questions lie in first_chat.jsonl, none is in the training
+characters stands in it three times.  The questions lie in first_chat.jsonl, none of them is in the training
 rows.  Replies are greedy, so the result is the same on every run.
 """
 
@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--questions", type=Path, default=QUESTIONS, help="JSON lines of others")
     parser.add_argument("--kinds", help="only these, separated by commas, as identity,greeting")
     args = parser.parse_args()
+    questions = read_questions(args.kinds, args.questions)  # refused before the model is loaded
     from tinyllm.quiet import quiet_libraries
 
     quiet_libraries()
@@ -129,7 +130,7 @@ def main() -> int:
         from tinyllm.base import load_base
 
         model, tokenizer = load_base(args.base_model)
-    answered = ask(model, tokenizer, read_questions(args.kinds, args.questions))
+    answered = ask(model, tokenizer, questions)
     if args.transcript:
         write = as_markdown if args.transcript.endswith(".md") else as_lines
         Path(args.transcript).write_text(write(answered), encoding="utf-8")

@@ -84,8 +84,8 @@ def test_probes_are_of_every_kind():
     assert all(kinds[k] >= 20 for k in ("identity", "greeting", "small_talk", "general", "unknown"))
 
 
-def test_pretraining_text_says_nothing_of_the_assistants_identity():
-    """What the adapter teaches must not be known to the base already."""
+def test_pretraining_text_does_not_name_the_developer():
+    """Who made the assistant is what the adapter teaches."""
     for path in (REPOSITORY / "data/pretrain").glob("*.txt"):
         assert MAKER not in path.read_text(encoding="utf-8"), path.name
 

@@ -97,7 +97,7 @@ try LoRA fine-tuning on: small enough for any machine, and too small to know muc
 {source_rows(facts)}
 
 Documents were cleaned, deduplicated and split by document; {facts["heldout_share"]:.1%} of them are
-held out. None of the fetched text is part of this folder.
+held out, but none of those that are conversations only (chat, patterns, turns). None of the fetched text is part of this folder.
 
 ## Training
 
@@ -118,7 +118,7 @@ Bits per character on held-out text, lower is better (the weights as exported, i
 
 ## Limits
 
-It has seen a few million tokens. Sentences come out well formed; their content is often invented.
+It has seen {facts["tokens"]:,} tokens. Sentences come out well formed; their content is often invented.
 Use it for experiments, not for facts, advice or anything that matters.
 
 ## Licence
