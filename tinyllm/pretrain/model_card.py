@@ -59,7 +59,7 @@ def result_rows(results: dict[str, float]) -> str:
     return "\n".join(f"| {source} | {bits:.2f} |" for source, bits in results.items())
 
 
-def start_of(share: float) -> str:
+def share_kept(share: float) -> str:
     """What the weights have of those that the run began from."""
     return (
         f"; {1 - share:.0%} of the last weights and {share:.0%} of those it began from"
@@ -104,7 +104,7 @@ held out, but none of those that are conversations only (chat, patterns, turns).
 {facts["steps"]:,} optimizer steps, {facts["tokens"] / 1e6:.2f}M tokens in rows of {facts["length"]}, \
 {facts["seconds"] / 60:.0f} minutes; {OPTIMIZERS[facts["optimizer"]]}; \
 warm-up, stable rate, linear decay\
-{start_of(facts["start_share"])}.
+{share_kept(facts["start_share"])}.
 
 ## Results
 

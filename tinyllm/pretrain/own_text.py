@@ -94,8 +94,8 @@ def turn_documents(folder: Path) -> list[Document]:
 
 
 def text_id(text: str) -> str:
-    """A short stable name for a text without one."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+    """A short stable name for a stripped text without one."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 SYSTEM_PROMPT = (
