@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tinyllm.chat_format import DEFAULT_SYSTEM_PROMPT, chat_format_of
 from tinyllm.errors import UserError, run_program
+from tinyllm.formats import RowError
+from tinyllm.readers import read_rows
 
 QUESTIONS = Path(__file__).with_name("first_chat.jsonl")
 MAX_NEW_TOKENS = 200
@@ -91,18 +93,19 @@ def as_markdown(answered: list[dict]) -> str:
 
 
 def read_questions(kinds: str | None, path: Path = QUESTIONS) -> list[dict]:
-    """The questions of a file, all of them or those of some kinds.
+    """The questions of a file, all of them or those of some kinds; one without a kind is of the kind "any".
 
     Raises:
-        UserError: no such file, or a kind that none of them is of.
+        UserError: the file cannot be read, a line that is no question, or a kind that none of them is of.
     """
-    if not path.is_file():
-        raise UserError(f"--questions {path}: no such file")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(line) for line in lines]
-    if kinds is None:
-        return questions
-    known, chosen = {q["kind"] for q in questions}, set(kinds.split(","))
+    questions = []
+    for line, row in read_rows(path):
+        if isinstance(row, RowError) or not (isinstance(row, dict) and row.get("question")):
+            reason = row if isinstance(row, RowError) else 'expected {"kind": ..., "question": ...}'
+            raise UserError(f"--questions {path}, line {line}: {reason}")
+        questions.append({"kind": "any", **row})
+    known = {q["kind"] for q in questions}
+    chosen = set(kinds.split(",")) if kinds else known
     if unknown := chosen - known:
         raise UserError(f"--kinds {min(unknown)}: expected some of {', '.join(sorted(known))}")
     return [q for q in questions if q["kind"] in chosen]

@@ -5,7 +5,8 @@ from conftest import REPOSITORY
 
 from tinyllm.errors import UserError
 from tinyllm.pretrain import corpus, own_text
-from tinyllm.pretrain.patterns import MOST, Pattern, read_patterns
+from tinyllm.pretrain.patterns import MARKER, MOST, Pattern, read_patterns
+from tinyllm.pretrain.vocabulary import SPECIAL_TOKENS
 
 TEXT = """
 {动物 叫声} 小羊 咩咩 | 小鸭 嘎嘎
@@ -51,6 +52,7 @@ def test_so_many_at_most_and_the_same_each_time():
         ("问：{甲}\n答：一\n", 3, "slots that it does not have"),
         ("{甲} 一\n{甲} 二\n问：{甲}\n答：一\n", 5, "a slot twice"),
         ("问：一\n\n问：二\n答：二\n", 2, "no 问： or no 答："),
+        ("问：一\n答：一<|assistant|>\n", 2, r"<\|assistant\|> is a marker"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, text, line, words):
@@ -73,3 +75,8 @@ def test_they_are_conversations_of_the_corpus_and_no_text_of_it(tmp_path):
 def test_ours_can_be_read():
     files = sorted((REPOSITORY / "data/pretrain").glob(own_text.PATTERNS))
     assert files and all(len(read_patterns(path)) > 100 for path in files)
+
+
+def test_every_marker_of_the_tokenizer_is_known_as_one():
+    assert all(MARKER.fullmatch(token) for token in SPECIAL_TOKENS)
+    assert not MARKER.search("<|你|> <user> |user|")

@@ -20,6 +20,9 @@ from tinyllm.errors import UserError
 MOST = 64  # conversations of a pattern; those of most are far more, and alike
 SLOT_LINE = re.compile(r"\{([^{}]+)\} (.+)")
 SLOT = re.compile(r"\{([^{}]*)\}")
+MARKER = re.compile(
+    r"<\|(system|user|assistant|endoftext|pad|reserved_\d+)\|>"
+)  # see vocabulary.py
 
 
 @dataclass
@@ -61,12 +64,18 @@ def read_text(path: Path) -> str:
     """A text file of ours.
 
     Raises:
-        UserError: it is not in UTF-8.
+        UserError: it is not in UTF-8, or holds a marker of the chat format, which would be read as one.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # some editors of Windows put a mark there
+        text = path.read_text(encoding="utf-8-sig")  # some editors of Windows put a mark there
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    if found := MARKER.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise UserError(
+            f"{path}, line {line}: {found[0]} is a marker of the chat format; write it otherwise, or take it out"
+        )
+    return text
 
 
 def read_patterns(path: Path) -> list[Pattern]:
