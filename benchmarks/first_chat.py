@@ -2,6 +2,7 @@
 
     python benchmarks/first_chat.py --base_model BASE --lora_model RUN [--transcript FILE]
     … --questions benchmarks/first_lines.jsonl    300 others without expected words, for a reader to judge
+    … --questions benchmarks/fresh_lines.jsonl    150 more, and 50 of them again as a second turn
 
 A reply is right when it contains one string of ``any_of`` and none of ``none_of`` (spaces aside);
 it stops when the model ends it by itself within 200 tokens; it repeats when a phrase of four or more
@@ -26,6 +27,7 @@ from tinyllm.formats import RowError
 from tinyllm.readers import read_rows
 
 QUESTIONS = Path(__file__).with_name("first_chat.jsonl")
+EXPECTED = '{"question": "...", "before": ["...", ...], "kind": "..."}, the last two if wanted'
 MAX_NEW_TOKENS = 200
 REPEATED = re.compile(r"(.{4,}?).*?\1.*?\1", re.DOTALL)
 
@@ -38,21 +40,22 @@ def is_right(reply: str, question: dict) -> bool:
 
 
 def ask(model, tokenizer, questions: list[dict]) -> list[dict]:
-    """Answer every question greedily, each in a conversation of its own."""
+    """Answer every question greedily, each in a conversation of its own, after the turns ``before`` it if it has any."""
     from tinyllm.generate import generate_reply
 
     chat_format, answered = chat_format_of(tokenizer), []
     for number, question in enumerate(questions, 1):
-        messages = [
-            {"role": "system", "content": DEFAULT_SYSTEM_PROMPT},
-            {"role": "user", "content": question["question"]},
-        ]
-        reply = generate_reply(
-            model, tokenizer, chat_format, messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
+        turns = [*question.get("before", []), question["question"]]
+        messages = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}]
+        for said in turns:
+            messages.append({"role": "user", "content": said})
+            reply = generate_reply(
+                model, tokenizer, chat_format, messages, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+            )  # fmt: skip
+            messages.append({"role": "assistant", "content": reply.text})
         answered.append(
             {
-                "kind": question["kind"], "question": question["question"], "reply": reply.text,
+                "kind": question["kind"], "question": " / ".join(turns), "reply": reply.text,
                 "right": is_right(reply.text, question), "stopped": reply.stopped,
                 "repeats": bool(REPEATED.search(reply.text)),
             }
@@ -92,6 +95,14 @@ def as_markdown(answered: list[dict]) -> str:
     return "\n".join(["```", table(answered), "```", "", *head, *rows]) + "\n"
 
 
+def is_question(row: object) -> bool:
+    """Whether a row is a question, the turns before it texts as well."""
+    if not isinstance(row, dict) or not isinstance(row.get("before", []), list):
+        return False
+    turns = [*row.get("before", []), row.get("question")]
+    return all(isinstance(turn, str) and turn.strip() for turn in turns)
+
+
 def read_questions(kinds: str | None, path: Path = QUESTIONS) -> list[dict]:
     """The questions of a file, all of them or those of some kinds; one without a kind is of the kind "any".
 
@@ -100,8 +111,8 @@ def read_questions(kinds: str | None, path: Path = QUESTIONS) -> list[dict]:
     """
     questions = []
     for line, row in read_rows(path):
-        if isinstance(row, RowError) or not (isinstance(row, dict) and row.get("question")):
-            reason = row if isinstance(row, RowError) else 'expected {"kind": ..., "question": ...}'
+        if isinstance(row, RowError) or not is_question(row):
+            reason = row if isinstance(row, RowError) else f"expected {EXPECTED}"
             raise UserError(f"--questions {path}, line {line}: {reason}")
         questions.append({"kind": "any", **row})
     known = {q["kind"] for q in questions}
