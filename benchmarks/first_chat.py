@@ -96,18 +96,18 @@ def as_markdown(answered: list[dict]) -> str:
 
 
 def is_question(row: object) -> bool:
-    """Whether a row is a question, the turns before it texts as well."""
+    """Whether a row is a question: a text, as its kind and the turns before it."""
     if not isinstance(row, dict) or not isinstance(row.get("before", []), list):
         return False
-    turns = [*row.get("before", []), row.get("question")]
-    return all(isinstance(turn, str) and turn.strip() for turn in turns)
+    texts = [*row.get("before", []), row.get("question"), row.get("kind", "any")]
+    return all(isinstance(text, str) and text.strip() for text in texts)
 
 
 def read_questions(kinds: str | None, path: Path = QUESTIONS) -> list[dict]:
     """The questions of a file, all of them or those of some kinds; one without a kind is of the kind "any".
 
     Raises:
-        UserError: the file cannot be read, a line that is no question, or a kind that none of them is of.
+        UserError: the file cannot be read, a line that is no question, none at all, or a kind that none of them is of.
     """
     questions = []
     for line, row in read_rows(path):
@@ -115,8 +115,10 @@ def read_questions(kinds: str | None, path: Path = QUESTIONS) -> list[dict]:
             reason = row if isinstance(row, RowError) else f"expected {EXPECTED}"
             raise UserError(f"--questions {path}, line {line}: {reason}")
         questions.append({"kind": "any", **row})
+    if not questions:
+        raise UserError(f"--questions {path}: there is none in it")
     known = {q["kind"] for q in questions}
-    chosen = set(kinds.split(",")) if kinds else known
+    chosen = known if kinds is None else set(kinds.split(","))
     if unknown := chosen - known:
         raise UserError(f"--kinds {min(unknown)}: expected some of {', '.join(sorted(known))}")
     return [q for q in questions if q["kind"] in chosen]

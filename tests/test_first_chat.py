@@ -30,6 +30,7 @@ def test_those_of_others(tmp_path):
         ('{"question": ', "not JSON"),
         ('{"prompt": "x"}', "expected"),
         ("[1]", "expected"),
+        ('{"question": "x", "kind": null}', "expected"),
         ('{"question": "x", "before": "y"}', "expected"),
     ],
 )
@@ -37,6 +38,9 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line, reason):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "在吗"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"--questions .*mine.jsonl, line 2: {reason}"):
+        read_questions(None, path)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="there is none in it"):
         read_questions(None, path)
     with pytest.raises(UserError, match="nowhere"):
         read_questions(None, tmp_path / "nowhere.jsonl")
