@@ -246,8 +246,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_a_signal_at_the_end_of_an_epoch_makes_up_the_evaluation(
     base_folder, data_file, tmp_path, signalled, monkeypatch, strategy
 ):
-    words = ("--save_strategy", strategy, "--save_steps", "3", "--eval_strategy", strategy,
-             "--eval_steps", "3", "--load_best_model_at_end", "True", "--logging_steps", "2",
+    every = ("--save_steps", "3", "--eval_steps", "3") if strategy == "steps" else ()
+    words = ("--save_strategy", strategy, "--eval_strategy", strategy, *every,
+             "--load_best_model_at_end", "True", "--logging_steps", "2",
              "--num_sample_replies", "0")  # fmt: skip
     assert run(base_folder, data_file, tmp_path / "whole", *words) == 0
     folder = tmp_path / "run"

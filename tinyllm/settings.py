@@ -259,7 +259,21 @@ class SftArguments(TrainingArguments):
                 raise UserError(
                     f"--{name} has no effect on this project's training step; leave it out"
                 )
+        self._refuse_steps_of_no_use()
         super().__post_init__()
+
+    def _refuse_steps_of_no_use(self) -> None:
+        """Steps are heeded by the strategy "steps" only; transformers says nothing otherwise."""
+        for what, given in (
+            ("save", self.save_steps != 500),
+            ("eval", self.eval_steps is not None),
+        ):
+            strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
+            if given and str(getattr(strategy, "value", strategy)) != "steps":
+                raise UserError(
+                    f"--{what}_steps {steps:g} has no effect with --{what}_strategy {strategy}; "
+                    f"expected --{what}_strategy steps beside it"
+                )
 
 
 @dataclass
