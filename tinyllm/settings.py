@@ -264,12 +264,9 @@ class SftArguments(TrainingArguments):
 
     def _refuse_steps_of_no_use(self) -> None:
         """Steps are heeded by the strategy "steps" only; transformers says nothing otherwise."""
-        for what, given in (
-            ("save", self.save_steps != 500),
-            ("eval", self.eval_steps is not None),
-        ):
+        for what in ("save", "eval"):
             strategy, steps = getattr(self, f"{what}_strategy"), getattr(self, f"{what}_steps")
-            if given and str(getattr(strategy, "value", strategy)) != "steps":
+            if steps != getattr(TrainingArguments, f"{what}_steps") and strategy != "steps":
                 raise UserError(
                     f"--{what}_steps {steps:g} has no effect with --{what}_strategy {strategy}; "
                     f"expected --{what}_strategy steps beside it"

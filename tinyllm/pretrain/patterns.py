@@ -20,9 +20,8 @@ from tinyllm.errors import UserError
 MOST = 64  # conversations of a pattern; those of most are far more, and alike
 SLOT_LINE = re.compile(r"\{([^{}]+)\} (.+)")
 SLOT = re.compile(r"\{([^{}]*)\}")
-MARKER = re.compile(
-    r"<\|(system|user|assistant|endoftext|pad|reserved_\d+)\|>"
-)  # see vocabulary.py
+# The special tokens of vocabulary.py, which cannot be imported here: it reads the corpus, and that reads this.
+MARKER = re.compile(r"<\|(system|user|assistant|endoftext|pad|reserved_\d+)\|>")
 
 
 @dataclass
